@@ -1,0 +1,187 @@
+# cython: language_level=3
+"""A byte-budgeted cache, shared by all points of a mount.
+
+Used by the compiled rooms only; Python makes one and hands it on. One mutex guards the bookkeeping and is never held
+while anything is loaded; a second reader of an entry that is being loaded waits for it. Least recently used goes first.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+
+from qcowfs.clib.pthread cimport (
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+)
+
+cdef enum:
+    BYTES_PER_BUCKET = 4096  # the usual entry is a table slice of that size: about one entry a bucket when full
+
+
+cdef class Cache:
+    """A cache of at most `budget` bytes (entries in use may exceed it for a moment)."""
+
+    def __cinit__(self, uint64_t budget):
+        cdef uint64_t buckets = 64
+        while buckets * BYTES_PER_BUCKET < budget and buckets < 1 << 20:
+            buckets *= 2
+        self.c.buckets = <entry_t**>calloc(buckets, sizeof(entry_t*))
+        if self.c.buckets == NULL:
+            raise MemoryError()
+        self.c.bucket_mask = buckets - 1
+        self.c.budget = budget
+        pthread_mutex_init(&self.c.lock, NULL)
+        pthread_cond_init(&self.c.settled, NULL)
+
+    def __dealloc__(self):
+        cdef entry_t* entry
+        if self.c.buckets == NULL:
+            return
+        # Whoever holds a reference to an entry holds one to this object too, so all entries are in the order of use.
+        while self.c.oldest != NULL:
+            entry = self.c.oldest
+            unlink_use(&self.c, entry)
+            free(entry)
+        free(self.c.buckets)
+        pthread_cond_destroy(&self.c.settled)
+        pthread_mutex_destroy(&self.c.lock)
+
+    @property
+    def budget(self):
+        """Bytes that the cache may hold."""
+        return self.c.budget
+
+    @property
+    def used(self):
+        """Bytes that the cache holds now."""
+        return self.c.used
+
+
+cdef entry_t* cache_acquire(
+    cache_t* cache, entry_kind kind, uint32_t source, uint64_t place, uint64_t capacity) noexcept nogil:
+    cdef entry_t* entry
+    pthread_mutex_lock(&cache.lock)
+    entry = find(cache, kind, source, place)
+    if entry == NULL:
+        entry = insert(cache, kind, source, place, capacity)
+    else:
+        if entry.references == 0:
+            unlink_use(cache, entry)
+        entry.references += 1
+        while entry.state == STATE_LOADING:
+            pthread_cond_wait(&cache.settled, &cache.lock)
+    pthread_mutex_unlock(&cache.lock)
+    return entry
+
+
+cdef void cache_publish(cache_t* cache, entry_t* entry, uint64_t valid) noexcept nogil:
+    pthread_mutex_lock(&cache.lock)
+    entry.valid = valid
+    entry.state = STATE_READY
+    pthread_cond_broadcast(&cache.settled)
+    pthread_mutex_unlock(&cache.lock)
+
+
+cdef void cache_abandon(cache_t* cache, entry_t* entry, int failure) noexcept nogil:
+    # A failure is not remembered: the next reader tries again, those who wait now learn of it.
+    pthread_mutex_lock(&cache.lock)
+    entry.failure = failure
+    entry.state = STATE_FAILED
+    unlink_bucket(cache, entry)
+    pthread_cond_broadcast(&cache.settled)
+    pthread_mutex_unlock(&cache.lock)
+
+
+cdef void cache_release(cache_t* cache, entry_t* entry) noexcept nogil:
+    pthread_mutex_lock(&cache.lock)
+    entry.references -= 1
+    if entry.references == 0:
+        if entry.listed:
+            link_use(cache, entry)
+            shrink(cache)
+        else:
+            discard(cache, entry)
+    pthread_mutex_unlock(&cache.lock)
+
+
+cdef inline uint64_t bucket_of(
+    const cache_t* cache, entry_kind kind, uint32_t source, uint64_t place) noexcept nogil:
+    # Places are multiples of large powers of two: the multiplication spreads them, its high half is used.
+    cdef uint64_t mixed = (place ^ (<uint64_t>source << 40) ^ (<uint64_t>kind << 60)) * <uint64_t>0x9E3779B97F4A7C15
+    return (mixed >> 32) & cache.bucket_mask
+
+
+cdef entry_t* find(cache_t* cache, entry_kind kind, uint32_t source, uint64_t place) noexcept nogil:
+    cdef entry_t* entry = cache.buckets[bucket_of(cache, kind, source, place)]
+    while entry != NULL:
+        if entry.place == place and entry.source == source and entry.kind == kind:
+            return entry
+        entry = entry.chain
+    return NULL
+
+
+cdef entry_t* insert(
+    cache_t* cache, entry_kind kind, uint32_t source, uint64_t place, uint64_t capacity) noexcept nogil:
+    cdef entry_t** bucket = &cache.buckets[bucket_of(cache, kind, source, place)]
+    cdef entry_t* entry = <entry_t*>malloc(sizeof(entry_t) + capacity)
+    if entry == NULL:
+        return NULL
+    entry.place = place
+    entry.source = source
+    entry.kind = kind
+    entry.state = STATE_LOADING
+    entry.references = 1
+    entry.failure = 0
+    entry.listed = True
+    entry.capacity = capacity
+    entry.valid = 0
+    entry.payload = <unsigned char*>entry + sizeof(entry_t)
+    entry.newer = entry.older = NULL
+    entry.chain = bucket[0]
+    bucket[0] = entry
+    cache.used += sizeof(entry_t) + capacity
+    shrink(cache)
+    return entry
+
+
+cdef void unlink_bucket(cache_t* cache, entry_t* entry) noexcept nogil:
+    cdef entry_t** link = &cache.buckets[bucket_of(cache, entry.kind, entry.source, entry.place)]
+    while link[0] != entry:
+        link = &link[0].chain
+    link[0] = entry.chain
+    entry.listed = False
+
+
+cdef void link_use(cache_t* cache, entry_t* entry) noexcept nogil:
+    entry.newer = NULL
+    entry.older = cache.newest
+    if cache.newest != NULL:
+        cache.newest.newer = entry
+    else:
+        cache.oldest = entry
+    cache.newest = entry
+
+
+cdef void unlink_use(cache_t* cache, entry_t* entry) noexcept nogil:
+    if entry.newer != NULL:
+        entry.newer.older = entry.older
+    else:
+        cache.newest = entry.older
+    if entry.older != NULL:
+        entry.older.newer = entry.newer
+    else:
+        cache.oldest = entry.newer
+    entry.newer = entry.older = NULL
+
+
+cdef void discard(cache_t* cache, entry_t* entry) noexcept nogil:
+    cache.used -= sizeof(entry_t) + entry.capacity
+    free(entry)
+
+
+cdef void shrink(cache_t* cache) noexcept nogil:
+    cdef entry_t* entry
+    while cache.used > cache.budget and cache.oldest != NULL:
+        entry = cache.oldest
+        unlink_use(cache, entry)
+        unlink_bucket(cache, entry)
+        discard(cache, entry)

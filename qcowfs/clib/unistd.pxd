@@ -1,0 +1,14 @@
+# unistd.h, with 64-bit offsets on every platform that is supported.
+
+from libc.stdint cimport int64_t
+
+cdef extern from "<unistd.h>" nogil:
+    enum:
+        SEEK_DATA
+        SEEK_HOLE
+        SEEK_END
+
+    Py_ssize_t c_pread "pread"(int fd, void* buffer, size_t length, int64_t offset)
+    int64_t c_lseek "lseek"(int fd, int64_t offset, int whence)
+    int c_close "close"(int fd)
+    # ...

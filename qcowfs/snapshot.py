@@ -1,0 +1,200 @@
+"""Points in time of a chain: active states, internal snapshots, layers; and a disk for each.
+
+Used by the tree of a mount and by the commands. Defined here and only here: which points there are, in which order,
+and which of them stay as they are. Sizes that need a walk of tables are in `sizes`. Any thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qcowfs import qcow1
+from qcowfs._cache import Cache
+from qcowfs._core import Disk
+from qcowfs._tables import LayerMap
+from qcowfs.chain import Chain, Layer
+from qcowfs.errors import UnsupportedImage
+from qcowfs.qcow2 import header as qcow2
+from qcowfs.qcow2.snapshots import SnapshotEntry, validate_l1
+
+NANOSECONDS = 1_000_000_000
+LIVE_CACHE_SIZE = 1 << 20  # of one read of a LiveDisk, and forgotten after it
+
+Kind = Literal["active", "snapshot", "layer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One readable state of a chain.
+
+    Attributes:
+        kind: the active state of the image itself, an internal snapshot, or the active state of a backing layer.
+        layer: the layer that holds it; it reads through all layers below in their active states.
+        entry: the snapshot table's entry, None unless `kind` is "snapshot".
+        virtual_size: bytes, of its own time.
+        date_ns: nanoseconds since the epoch: when the snapshot was made, or its file last written.
+        frozen: False where it reads through a state that another process may be writing.
+    """
+
+    kind: Kind
+    layer: Layer
+    entry: SnapshotEntry | None
+    virtual_size: int
+    date_ns: int
+    frozen: bool
+
+    @property
+    def depth(self) -> int:
+        """The layer's place in the chain; 0 is the image on the command line."""
+        return self.layer.depth
+
+    @property
+    def snapshot_id(self) -> bytes | None:
+        """The id as the table holds it: text by custom only."""
+        return self.entry.id if self.entry else None
+
+    @property
+    def snapshot_name(self) -> bytes | None:
+        """The name as the table holds it, any bytes."""
+        return self.entry.name if self.entry else None
+
+    @property
+    def vm_state_size(self) -> int:
+        """Bytes of VM state stored with it; 0 for a disk-only snapshot."""
+        return self.entry.vm_state_size if self.entry else 0
+
+    @property
+    def vm_clock_ns(self) -> int:
+        """How long the guest had run, in nanoseconds."""
+        return self.entry.vm_clock_ns if self.entry else 0
+
+
+def points(chain: Chain) -> tuple[Point, ...]:
+    """Return every point of `chain`: each layer's active state, then its snapshots in the table's order, from the top."""
+    found: list[Point] = []
+    for layer in chain.layers:
+        base_is_frozen = not any(below.written_by_other for below in chain.layers[layer.depth + 1 :])
+        found.append(_active_point(layer, frozen=base_is_frozen and not layer.written_by_other))
+        found += [_snapshot_point(layer, entry, frozen=base_is_frozen) for entry in layer.snapshots]
+    return tuple(found)
+
+
+def _active_point(layer: Layer, *, frozen: bool) -> Point:
+    return Point(
+        kind="layer" if layer.depth else "active",
+        layer=layer,
+        entry=None,
+        virtual_size=layer.virtual_size,
+        date_ns=layer.modified_ns,
+        frozen=frozen,
+    )
+
+
+def _snapshot_point(layer: Layer, entry: SnapshotEntry, *, frozen: bool) -> Point:
+    # QEMU keeps a snapshot's clusters as they are while it writes the active state, so a writer does not matter here.
+    return Point(
+        kind="snapshot",
+        layer=layer,
+        entry=entry,
+        virtual_size=layer.virtual_size if entry.disk_size is None else entry.disk_size,
+        date_ns=entry.date_sec * NANOSECONDS + entry.date_nsec,
+        frozen=frozen,
+    )
+
+
+def open_disk(chain: Chain, point: Point, cache: Cache) -> Disk:
+    """Return the disk of `point`. Reads nothing: tables are read when data is.
+
+    Raises:
+        UnsupportedImage: a layer that it reads through is encrypted.
+        CorruptImage: the snapshot's L1 table cannot be where its entry says.
+    """
+    below = chain.layers[point.depth + 1 :]
+    for layer in (point.layer, *below):
+        require_plain(layer)
+    maps = [layer_map(point.layer, point.entry), *(layer_map(layer) for layer in below)]
+    return Disk(maps, point.virtual_size, cache)
+
+
+def require_plain(layer: Layer) -> None:
+    """Raise UnsupportedImage if the data of `layer` is encrypted."""
+    if layer.header is not None and layer.header.encrypted:
+        raise UnsupportedImage(layer.path, "cannot read its data", "encrypted images are not supported yet")
+
+
+def layer_map(layer: Layer, entry: SnapshotEntry | None = None) -> LayerMap:
+    """Return `layer` for the compiled rooms, in its active state or in that of the snapshot `entry`."""
+    header = layer.header
+    if header is None:
+        return LayerMap.raw(layer.source, depth=layer.depth, virtual_size=layer.virtual_size)
+    if isinstance(header, qcow1.Header):
+        return LayerMap.qcow1(
+            layer.source,
+            depth=layer.depth,
+            virtual_size=layer.virtual_size,
+            cluster_bits=header.cluster_bits,
+            l2_bits=header.l2_bits,
+            l1_offset=header.l1_offset,
+        )
+    if entry is not None:
+        validate_l1(layer.source, header, entry)
+    return _qcow2_map(layer, header, entry)
+
+
+def _qcow2_map(layer: Layer, header: qcow2.Header, entry: SnapshotEntry | None) -> LayerMap:
+    state = entry or header
+    size = header.virtual_size if entry is None or entry.disk_size is None else entry.disk_size
+    return LayerMap.qcow2(
+        layer.source,
+        layer.data,
+        depth=layer.depth,
+        virtual_size=size,
+        version=header.version,
+        cluster_bits=header.cluster_bits,
+        extended_l2=header.extended_l2,
+        external_data=header.external_data,
+        zstd=header.zstd,
+        l1_offset=state.l1_offset,
+        l1_entries=state.l1_entries,
+    )
+
+
+class LiveDisk:
+    """The active state of a chain that another process writes, as it is on disk at each read.
+
+    Nothing is remembered between two reads: the header and every table are read again. What one read sees may still be
+    in the middle of the writer's update; only a frozen point is consistent.
+    """
+
+    def __init__(self, chain: Chain, point: Point) -> None:
+        self._layers = chain.layers[point.depth :]
+        for layer in self._layers:
+            require_plain(layer)
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes of the disk at this moment; the writer may resize it."""
+        return self._header_size(self._layers[0])
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes at `offset`, fewer only where the disk ends now.
+
+        Raises:
+            ReadFault: some of the range cannot be read right.
+            ImageError: the header cannot be read right now.
+        """
+        maps = [self._map(layer) for layer in self._layers]
+        return Disk(maps, self.virtual_size, Cache(LIVE_CACHE_SIZE)).pread(offset, length)
+
+    @staticmethod
+    def _map(layer: Layer) -> LayerMap:
+        if isinstance(layer.header, qcow2.Header) and layer.written_by_other:
+            return _qcow2_map(layer, qcow2.read_header(layer.source), None)
+        return layer_map(layer)
+
+    @staticmethod
+    def _header_size(layer: Layer) -> int:
+        if isinstance(layer.header, qcow2.Header):
+            return qcow2.read_header(layer.source).virtual_size
+        return layer.virtual_size
