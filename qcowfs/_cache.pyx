@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """A byte-budgeted cache, shared by all points of a mount.
 
 Used by the compiled rooms only; Python makes one and hands it on. One mutex guards the bookkeeping and is never held

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 # distutils: libraries = deflate z zstd
 """Decompression of one compressed cluster: raw deflate and zstd.
 

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """A Disk: one point in time, read as raw bytes through its backing chain.
 
 Used by the mount, the commands and the data plane. `disk_resolve` and `disk_read` run without the GIL on any number of
@@ -88,12 +88,12 @@ cdef class Disk:
             raise ValueError("a disk has at least one layer")
         self.cache = cache
         free(self.c.layers)
-        self.c.layers = <layer_t**>calloc(len(self.layers), sizeof(layer_t*))
+        self.c.layers = <layer_t**>calloc(<size_t>len(self.layers), sizeof(layer_t*))
         if self.c.layers == NULL:
             raise MemoryError()
         for number, layer in enumerate(self.layers):
             self.c.layers[number] = &layer.c
-        self.c.count = len(self.layers)
+        self.c.count = <uint32_t>len(self.layers)
         self.c.virtual_size = virtual_size
         self.c.cache = &cache.c
 

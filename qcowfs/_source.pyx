@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """Sources: bytes by offset, read without the GIL.
 
 Used by the parsers (through `read_at`) and by the compiled rooms (through `source_t`). A source knows no format. Reads

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """L1 and L2 tables, subclusters, compressed descriptors: one layer's answer for a guest offset.
 
 Used by `_core` (reads, extents) and `_usage` (sizes). Without the GIL; any number of threads. Tables are read on demand
@@ -49,7 +49,7 @@ cdef class LayerMap:
         layer.use(LAYER_QCOW2, source, data, depth, virtual_size)
         layer.c.version = version
         layer.c.cluster_bits = cluster_bits
-        layer.c.l2_bits = cluster_bits - (4 if extended_l2 else 3)
+        layer.c.l2_bits = <uint32_t>(cluster_bits - (4 if extended_l2 else 3))
         layer.c.extended_l2 = extended_l2
         layer.c.external_data = external_data
         layer.c.zstd = zstd

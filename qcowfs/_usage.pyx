@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """How many bytes of its file a point allocates, and how many of them nobody else uses.
 
 Used by `snapshot`. Walks L2 tables, so it is asked for only when somebody wants a size; every walk is bounded by a
@@ -301,12 +301,12 @@ cdef uint64_t refcount_of(const refcounts_t* refcounts, uint64_t cluster) noexce
 
 
 cdef uint64_t block_refcount(const refcounts_t* refcounts, uint64_t block, uint64_t index) noexcept nogil:
-    cdef uint32_t bits = 1 << refcounts.order
+    cdef uint32_t bits = <uint32_t>1 << refcounts.order
     cdef uint64_t byte
     if bits >= 8:
-        return file_word(refcounts, block + index * (bits // 8), bits)
+        return file_word(refcounts, block + index * <uint64_t>(bits // 8), bits)
     byte = file_word(refcounts, block + index * bits // 8, 8)  # narrow refcounts fill a byte from its lowest bit
-    return (byte >> (index * bits % 8)) & ((1 << bits) - 1)
+    return (byte >> (index * bits % 8)) & ((<uint64_t>1 << bits) - 1)
 
 
 cdef uint64_t file_word(const refcounts_t* refcounts, uint64_t offset, uint32_t bits) noexcept nogil:
@@ -318,7 +318,7 @@ cdef uint64_t file_word(const refcounts_t* refcounts, uint64_t offset, uint32_t 
     cdef entry_t* slice = table_slice(refcounts.source, refcounts.cache, KIND_BYTES, offset - within, &ignored)
     if slice == NULL:
         return 0
-    if within + bits // 8 <= slice.valid:
+    if within + <uint64_t>(bits // 8) <= slice.valid:
         for byte in range(bits // 8):
             word = word << 8 | slice.payload[within + byte]
     cache_release(refcounts.cache, slice)

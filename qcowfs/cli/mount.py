@@ -1,0 +1,181 @@
+"""`qcowfs mount`, and the same under the names by which mount(8) and mount.fuse3 call it.
+
+The verb's words and messages only; the work is in mount.py and daemon.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+from qcowfs.chain import Chain
+
+import qcowfs.cli
+from qcowfs import daemon, mountoptions, mountpoint, snapshot
+from qcowfs.cli import options as image_options
+from qcowfs.errors import FuseUnavailable, QcowfsError, UsageError, printable
+from qcowfs.mount import Session, check_fuse, notify_systemd
+from qcowfs.mountoptions import MountOptions
+from qcowfs.vfs.names import SUFFIX
+from qcowfs.vfs.tree import ChainDisks, Tree
+
+HELP = "show every point in time of an image as a file"
+
+# mount(8), EXIT STATUS
+MOUNT_DONE = 0
+MOUNT_USAGE = 1
+MOUNT_SYSTEM = 2
+MOUNT_FAILED = 32
+
+logger = logging.getLogger("qcowfs.mount")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `qcowfs mount`."""
+    image_options.add_image_options(parser)
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an empty directory")
+    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground; Ctrl-C unmounts")
+    parser.add_argument(
+        "-o",
+        dest="mount_options",
+        metavar="OPT[,OPT...]",
+        action="append",
+        default=[],
+        help=f"mount options: {', '.join(mountoptions.KNOWN)}",
+    )
+    parser.add_argument("--allow-other", action="store_true", help="let other users read the mount")
+    parser.add_argument("--live", action="store_true", help="show what another process is writing, too, as it is now")
+    parser.add_argument("--log-file", metavar="FILE", help="log to FILE instead of syslog")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Mount, and return when the mount is ready; with -f, when it was unmounted."""
+    options = mountoptions.parse(args.mount_options)
+    if options.rw:
+        logger.warning("the mount is read-only, whatever -o rw says")
+    return _mount(args, options)
+
+
+def run_bare(argv: Sequence[str]) -> int:
+    """`qcowfs IMAGE MOUNTPOINT -o ...`: what mount.fuse3 runs for `mount -t fuse.qcowfs`, whose options say rw."""
+    parser = argparse.ArgumentParser(prog="qcowfs", usage="qcowfs IMAGE MOUNTPOINT [-o OPT[,OPT...]]")
+    configure(parser)
+    args = parser.parse_args(argv)
+    return _mount(args, mountoptions.parse(args.mount_options))
+
+
+def mount_helper(argv: Sequence[str] | None = None) -> int:
+    """mount.qcowfs: what mount(8) runs for `mount -t qcowfs` and for fstab. Returns mount(8)'s exit codes."""
+    try:
+        return _helped_mount(sys.argv[1:] if argv is None else argv)
+    except QcowfsError as error:
+        qcowfs.cli.report(error)
+        if isinstance(error, UsageError):
+            return MOUNT_USAGE
+        return MOUNT_SYSTEM if isinstance(error, FuseUnavailable) else MOUNT_FAILED
+
+
+def _helped_mount(argv: Sequence[str]) -> int:
+    called = _helper_parser().parse_args(argv)
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    args = parser.parse_args(["--", called.image, called.mountpoint])
+    options = mountoptions.parse(called.mount_options, sloppy=called.sloppy)
+    return MOUNT_DONE if _mount(args, options, fake=called.fake) == 0 else MOUNT_FAILED
+
+
+class _HelperParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _helper_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments that mount(8) documents for its helpers."""
+    parser = _HelperParser(prog="mount.qcowfs", description="the helper of mount(8) for type qcowfs")
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument("-o", dest="mount_options", metavar="OPT[,OPT...]", action="append", default=[])
+    parser.add_argument("-f", dest="fake", action="store_true", help="check everything, mount nothing")
+    parser.add_argument("-s", dest="sloppy", action="store_true", help="ignore unknown mount options")
+    parser.add_argument("-n", action="store_true", help="ignored: there is no mtab to write")
+    parser.add_argument("-v", action="store_true", help="ignored")
+    parser.add_argument("-t", dest="type", help="ignored: the type is known")
+    return parser
+
+
+def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = False) -> int:
+    """Check everything, then mount. With `fake`, only check."""
+    inherited = daemon.inherited_descriptors()
+    options = _merged(args, options)
+    check_fuse(options)
+    directory = mountpoint.check(args.mountpoint, nonempty=options.nonempty)
+    log = daemon.log_to_file(options.log_file) if options.log_file else None
+    with image_options.open_chain(args) as chain:
+        tree = _tree(chain, live=options.live)
+        session = Session(
+            tree,
+            os.path.abspath(args.image),
+            directory,
+            options,
+            occupied=sum(layer.disk_size for layer in chain.layers),
+            obey_hangup=args.foreground,
+        )
+        if fake:
+            return 0
+        if args.foreground:
+            return _serve_here(session, args, tree, log)
+        daemon.run(session.serve, close=inherited, log=log)
+        _say_mounted(args, tree, f"unmount with: qcowfs umount {printable(args.mountpoint)}")
+    return 0
+
+
+def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
+    """Bring together what the options and what `-o` said; `args` gets what opening the image needs."""
+    args.no_lock = args.no_lock or options.no_lock
+    args.allow_backing = [*(args.allow_backing or []), *options.allow_backing]
+    args.image_format = args.image_format or options.image_format
+    if args.allow_other and options.allow_root:
+        raise UsageError("--allow-other and the mount option allow_root exclude each other")
+    return replace(
+        options,
+        allow_other=args.allow_other or options.allow_other,
+        live=args.live or options.live,
+        log_file=args.log_file or options.log_file,
+    )
+
+
+def _tree(chain: Chain, *, live: bool) -> Tree:
+    """Return the tree of `chain`; the person hears now what it will not show."""
+    for layer in chain.layers:
+        snapshot.require_plain(layer)
+    owner = (os.getuid(), os.getgid())
+    points = snapshot.points(chain)
+    tree = Tree(points, ChainDisks(chain), image=os.path.abspath(chain.image), owner=owner, live=live)
+    if tree.left_out:
+        names = ", ".join(name + SUFFIX for name in tree.left_out[:3])
+        more = f" and {len(tree.left_out) - 3} more" if len(tree.left_out) > 3 else ""
+        what = "is left out: another process has the image open for writing; --live shows it as it is at each read"
+        logger.warning("%s: %s%s %s", printable(chain.image), names, more, what)
+    return tree
+
+
+def _serve_here(session: Session, args: argparse.Namespace, tree: Tree, log: logging.Handler | None) -> int:
+    if log is not None:
+        logging.getLogger("qcowfs").addHandler(log)
+
+    def ready() -> None:
+        notify_systemd(f"READY=1\nSTATUS={len(tree.shown)} points of {printable(args.image)}")
+        _say_mounted(args, tree, "Ctrl-C unmounts it")
+
+    return session.serve(ready)
+
+
+def _say_mounted(args: argparse.Namespace, tree: Tree, how_to_end: str) -> None:
+    if sys.stdout.isatty():
+        count = f"{len(tree.shown)} point{'' if len(tree.shown) == 1 else 's'}"
+        print(f"mounted {printable(args.image)} on {printable(args.mountpoint)} ({count}); {how_to_end}", flush=True)

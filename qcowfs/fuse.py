@@ -1,0 +1,220 @@
+"""The mount as pyfuse3 sees it: an adapter, and the only module that knows FUSE's types. No decision is made here.
+
+Used by mount.py. The trio thread only, but for the count of st_blocks, which goes to a worker thread. Reads are
+synchronous: a warm one takes a few microseconds, and a trip to a thread and back takes ten times as long.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
+
+from qcowfs.errors import QcowfsError
+from qcowfs.vfs.node import Attributes, Directory, DiskFile, Node, RawFile, Symlink
+from qcowfs.vfs.tree import Tree
+
+__all__ = ["Operations"]
+
+FOREVER = 365 * 86400.0  # seconds; what does not change needs no second look, and umount forgets it
+BLOCK_SIZE = 4096  # of statfs, and the preferred size of a read
+NAME_MAX = 255
+
+logger = logging.getLogger("qcowfs.fuse")
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def translated(
+    handler: Callable[Parameters, Coroutine[Any, Any, Result]],
+) -> Callable[Parameters, Coroutine[Any, Any, Result]]:
+    """Turn every failure of `handler` into the errno that FUSE passes on; what nobody expected is logged, and EIO."""
+
+    @functools.wraps(handler)
+    async def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return await handler(*args, **kwargs)
+        except (FUSEError, trio.Cancelled):
+            raise
+        except Exception as error:
+            raise FUSEError(_errno(error, handler.__name__)) from error
+
+    return guarded
+
+
+def _errno(error: Exception, where: str) -> int:
+    if isinstance(error, (QcowfsError, OSError)):
+        return error.errno or errno.EIO
+    logger.error("internal error in %s", where, exc_info=error)
+    return errno.EIO
+
+
+class Operations(pyfuse3.Operations):
+    """pyfuse3's handlers over a tree.
+
+    Args:
+        tree: what is mounted.
+        occupied: bytes that the chain's files take on the host, for statfs.
+    """
+
+    def __init__(self, tree: Tree, occupied: int) -> None:
+        super().__init__()
+        self._tree = tree
+        self._occupied = occupied
+        self._counting = trio.CapacityLimiter(1)  # `DiskFile.count` is for one thread at a time
+
+    # Names and attributes
+
+    @translated
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        node = self._tree.lookup(self._directory(parent_inode), name)
+        return _absent() if node is None else await self._counted(node)
+
+    @translated
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return await self._counted(self._node(inode))
+
+    @translated
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        node = self._node(inode)
+        if not isinstance(node, Symlink):
+            raise FUSEError(errno.EINVAL)
+        return node.target
+
+    @translated
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        if mode & os.W_OK:
+            raise FUSEError(errno.EROFS)
+        return not mode & os.X_OK or bool(self._node(inode).mode & 0o111)
+
+    @translated
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        value = self._tree.xattrs(self._node(inode)).get(name)
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value
+
+    @translated
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return list(self._tree.xattrs(self._node(inode)))
+
+    @translated
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = BLOCK_SIZE
+        data.f_blocks = -(-self._occupied // BLOCK_SIZE)  # all of them used: what the chain takes on the host
+        data.f_files = len(self._tree.root.entries) + 1
+        data.f_namemax = NAME_MAX
+        return data
+
+    # Directories
+
+    @translated
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return self._directory(inode).place.ino
+
+    @translated
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        entries = list(self._directory(fh).entries.items())
+        for place, (name, node) in enumerate(entries[start_id:], start_id + 1):
+            # `ls` alone must not walk the tables of a thousand snapshots; for `ls -l` the kernel asks again.
+            if not pyfuse3.readdir_reply(token, name, _entry(node.listed()), place):
+                break
+
+    # Bytes
+
+    @translated
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EROFS)
+        node = self._file(inode)
+        node.open()
+        # All handles of a file share one disk, so the inode number serves as the handle.
+        return FileInfo(fh=inode, direct_io=node.live, keep_cache=not node.live)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        try:  # not @translated: one more coroutine on the hot path
+            return self._file(fh).read(off, size)
+        except Exception as error:
+            raise FUSEError(_errno(error, "read")) from error
+
+    @translated
+    async def release(self, fh: int) -> None:
+        self._file(fh).release()
+
+    async def flush(self, fh: int) -> None:
+        """Nothing is ever dirty."""
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Nothing is ever dirty."""
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Nothing is ever dirty."""
+
+    async def releasedir(self, fh: int) -> None:
+        """Directories hold nothing open."""
+
+    # Writing: the mount is read-only for the kernel too, but a remount could tell it otherwise.
+
+    async def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise FUSEError(errno.EROFS)
+
+    setattr = mknod = mkdir = create = symlink = link = _refuse
+    unlink = rmdir = rename = write = setxattr = removexattr = _refuse
+
+    # Helpers
+
+    def _node(self, inode: int) -> Node:
+        try:
+            return self._tree.node(inode)
+        except KeyError:
+            raise FUSEError(errno.ENOENT) from None
+
+    def _directory(self, inode: int) -> Directory:
+        node = self._node(inode)
+        if not isinstance(node, Directory):
+            raise FUSEError(errno.ENOTDIR)
+        return node
+
+    def _file(self, inode: int) -> RawFile:
+        node = self._tree.node(inode)
+        if not isinstance(node, RawFile):
+            raise FUSEError(errno.EISDIR if isinstance(node, Directory) else errno.EINVAL)
+        return node
+
+    async def _counted(self, node: Node) -> EntryAttributes:
+        if isinstance(node, DiskFile) and not node.counted:
+            await trio.to_thread.run_sync(node.count, limiter=self._counting)
+        return _entry(node.attributes())
+
+
+def _entry(attributes: Attributes) -> EntryAttributes:
+    entry = EntryAttributes()
+    entry.st_ino = attributes.ino
+    entry.st_mode = attributes.mode
+    entry.st_nlink = attributes.nlink
+    entry.st_uid = attributes.uid
+    entry.st_gid = attributes.gid
+    entry.st_size = attributes.size
+    entry.st_blocks = attributes.blocks
+    entry.st_blksize = BLOCK_SIZE
+    entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = attributes.date_ns
+    entry.attr_timeout = FOREVER if attributes.lasting else 0
+    entry.entry_timeout = FOREVER
+    return entry
+
+
+def _absent() -> EntryAttributes:
+    """Return the answer that lets the kernel remember that there is no such name."""
+    entry = EntryAttributes()
+    entry.st_ino = 0
+    entry.entry_timeout = FOREVER
+    return entry

@@ -1,0 +1,275 @@
+"""The session of one mount: what is checked before it, FUSE's start, readiness, signals, the end.
+
+Used by cli/mount.py. A session runs in the main thread of its process: trio there, and worker threads only for calls
+that may block on this very mount. Importable without pyfuse3, so that its absence is a message and not a traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from qcowfs import mountpoint
+from qcowfs.errors import FuseUnavailable, MountpointError, QcowfsError
+from qcowfs.vfs.tree import Tree
+
+if TYPE_CHECKING:
+    import trio
+
+    from qcowfs.mountoptions import MountOptions
+
+__all__ = ["Session", "check_fuse", "notify_systemd"]
+
+FUSE_DEVICE = "/dev/fuse"
+FUSE_DEVICE_NUMBER = os.makedev(10, 229)  # Linux, Documentation/admin-guide/devices.txt
+FUSE_CONFIGURATION = "/etc/fuse.conf"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+GRACE = 0.5  # seconds that a mount nobody uses takes at most to go away
+
+logger = logging.getLogger("qcowfs.mount")
+
+
+def check_fuse(options: MountOptions) -> None:
+    """Check that this person can make FUSE mounts here, with these options.
+
+    Raises:
+        FuseUnavailable: not, and why.
+    """
+    try:
+        importlib.import_module("pyfuse3")
+    except ImportError as error:
+        hint = "install pyfuse3 and libfuse3; list, info and map work without them"
+        raise FuseUnavailable(f"pyfuse3 cannot be imported: {error}", hint=hint) from error
+    _require_device()
+    if (os.geteuid() != 0 or options.auto_unmount) and mountpoint.fusermount() is None:
+        raise FuseUnavailable(f"{mountpoint.FUSERMOUNT}: not found", hint="it is in the package fuse3")
+    if os.geteuid() != 0 and (options.allow_other or options.allow_root) and not _others_allowed():
+        word = "allow_other" if options.allow_other else "allow_root"
+        hint = f"root can allow it with the line 'user_allow_other' in {FUSE_CONFIGURATION}"
+        raise FuseUnavailable(f"{word}: not allowed to ordinary users on this machine", hint=hint)
+
+
+def _require_device() -> None:
+    hint = "'modprobe fuse' may help; a container needs '--device /dev/fuse'"
+    try:
+        status = os.stat(FUSE_DEVICE)
+    except OSError as error:
+        raise FuseUnavailable(f"{FUSE_DEVICE}: {error.strerror}", hint=hint) from error
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != FUSE_DEVICE_NUMBER:
+        raise FuseUnavailable(f"{FUSE_DEVICE}: not the FUSE device", hint=hint)
+    if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
+        raise FuseUnavailable(f"{FUSE_DEVICE}: no permission to use it", hint="it usually has mode 0666")
+
+
+def _others_allowed() -> bool:
+    """Tell whether fuse.conf lets ordinary users say allow_other; if it cannot be read, fusermount3 shall decide."""
+    try:
+        with open(FUSE_CONFIGURATION, encoding="utf-8", errors="replace") as lines:
+            return any(line.strip() == "user_allow_other" for line in lines)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+class Session:
+    """One mount, from pyfuse3.init() to the end.
+
+    Args:
+        tree: what to show.
+        image: absolute path of the image; findmnt shows it as the source.
+        directory: real path of a directory that `mountpoint.check` found right.
+        options: allow_other, allow_root and auto_unmount are used here.
+        occupied: bytes that the chain takes on the host, for statfs.
+        obey_hangup: SIGHUP is an order to stop (a foreground process whose terminal is gone), not noise.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        image: str,
+        directory: str,
+        options: MountOptions,
+        *,
+        occupied: int = 0,
+        obey_hangup: bool = False,
+    ) -> None:
+        self._tree = tree
+        self._image = image
+        self._directory = directory
+        self._options = options
+        self._occupied = occupied
+        self._stop_signals = SIGNALS if obey_hangup else STOP_SIGNALS
+        self._device: str | None = None  # "major:minor" of the mount, once it answered
+        self._ready = False  # the mount answered, and somebody was told
+        self._gone = False  # the mount is not in the tree any more, or not ours to take out
+        self._stopping = False  # a signal came
+        self._forced_by = 0  # the second signal
+
+    def serve(self, ready: Callable[[], None]) -> int:
+        """Mount, answer until unmounted, and return an exit code: 0, or 128 + N if a second signal N forced the end.
+
+        Args:
+            ready: called once, when the mount answers.
+
+        Raises:
+            FuseUnavailable, MountpointError: FUSE refused; nothing is mounted.
+        """
+        import pyfuse3
+        import trio
+
+        # A signal between init() and the receiver in _main would kill the process and leave a dead mount.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self._start()
+        # A crash leaves the mount dead (docs/decisions/0005-dead-mounts.md); one that never was ready leaves nothing.
+        unmount = False
+        try:
+            trio.run(self._main, ready)
+            unmount = not self._gone
+        finally:
+            pyfuse3.close(unmount=unmount or not self._ready)
+        return 128 + self._forced_by if self._forced_by else 0
+
+    def _start(self) -> None:
+        import pyfuse3
+
+        from qcowfs.fuse import Operations
+
+        with _standard_error_captured() as said:
+            try:
+                pyfuse3.init(Operations(self._tree, self._occupied), self._directory, self._fuse_options())
+            except RuntimeError as error:
+                raise _refusal(self._directory, said()) from error
+
+    def _fuse_options(self) -> set[str]:
+        """Return libfuse's options. Without allow_other nobody else gets in, so the kernel need not check modes."""
+        options = {"ro", "subtype=qcowfs", _LibfuseOption(f"fsname={_escaped(self._image)}")}
+        for word in ("allow_other", "allow_root"):
+            if getattr(self._options, word):
+                options |= {word, "default_permissions"}
+        if self._options.auto_unmount:
+            options.add("auto_unmount")
+        return options
+
+    async def _main(self, ready: Callable[[], None]) -> None:
+        import pyfuse3
+        import trio
+
+        with trio.open_signal_receiver(*SIGNALS) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._announce, ready)
+                nursery.start_soon(self._obey, signals, nursery)
+                await pyfuse3.main()
+                nursery.cancel_scope.cancel()
+
+    async def _announce(self, ready: Callable[[], None]) -> None:
+        """Say ready when the mount has answered: FUSE's start is only over then."""
+        import trio
+
+        self._device = await trio.to_thread.run_sync(_answering_device, self._directory, abandon_on_cancel=True)
+        ready()
+        self._ready = True
+
+    async def _obey(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
+        import pyfuse3
+
+        async for number in signals:
+            if number not in self._stop_signals:
+                continue
+            if self._stopping:
+                self._forced_by = number
+                pyfuse3.terminate()
+                return
+            self._stopping = True
+            nursery.start_soon(self._stop)
+
+    async def _stop(self) -> None:
+        """Take the mount out of the tree; main() ends when the last file in it is closed, which is mostly now."""
+        import pyfuse3
+        import trio
+
+        notify_systemd("STOPPING=1")
+        try:
+            await trio.to_thread.run_sync(self._detach, abandon_on_cancel=True)
+        except (OSError, QcowfsError) as error:
+            logger.warning("%s: cannot be unmounted now: %s", self._directory, error)
+            pyfuse3.terminate()
+            return
+        await trio.sleep(GRACE)
+        logger.warning("%s: unmounted, but files in it are still open; a second signal closes them", self._directory)
+
+    def _detach(self) -> None:
+        """Take the mount out of the tree, wherever it was moved; but never one that lies over it."""
+        path = next((mount.path for mount in mountpoint.mounts() if mount.device == self._device), None)
+        uppermost = mountpoint.find(path) if path else None
+        if path and uppermost and uppermost.device == self._device:
+            mountpoint.unmount(path, lazy=True)
+            self._gone = True
+            return
+        self._gone = True  # before the error: what is mounted there now must be left alone
+        raise MountpointError(self._directory, "it is mounted no more, or something is mounted over it")
+
+
+def _answering_device(directory: str) -> str | None:
+    """Return the device number of the mount at `directory`, once it answers."""
+    os.statvfs(directory)
+    mount = mountpoint.find(directory)
+    return mount.device if mount else None
+
+
+class _LibfuseOption(str):
+    """An option that is not ASCII: pyfuse3 encodes options as ASCII, libfuse takes any bytes."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(str(self))
+
+
+def _escaped(value: str) -> str:
+    """Return `value` so that libfuse's option parser gives it back: a comma ends an option, a backslash escapes."""
+    return value.replace("\\", "\\\\").replace(",", "\\,")
+
+
+@contextmanager
+def _standard_error_captured() -> Iterator[Callable[[], str]]:
+    """Catch what C code writes to standard error; libfuse and fusermount3 tell their reasons only there."""
+    memory = os.memfd_create("qcowfs-stderr")
+    saved = os.dup(2)
+    os.dup2(memory, 2)
+    try:
+        yield lambda: os.fsdecode(os.pread(memory, 4096, 0))
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(memory)
+
+
+def _refusal(directory: str, said: str) -> QcowfsError:
+    """Return the error for what libfuse and fusermount3 `said`, in one line."""
+    reasons = [line.removeprefix("fusermount3: ").removeprefix("fuse: ") for line in said.splitlines() if line.strip()]
+    what = f"FUSE refused: {'; '.join(reasons) or 'no reason given'}"
+    if "mountpoint" in said or "mounting over" in said:
+        return MountpointError(directory, what)
+    return FuseUnavailable(f"{directory}: {what}")
+
+
+def notify_systemd(state: str) -> None:
+    """Tell the service manager `state` (sd_notify(3)), if there is one that listens."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
+        manager.connect(address)
+        manager.sendall(state.encode())

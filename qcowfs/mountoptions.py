@@ -1,0 +1,138 @@
+"""The words after `-o`: which of them qcowfs knows, which come from mount(8) and mean nothing here.
+
+Used by cli/mount.py. Pure functions. Unknown words are errors, because an option that is silently ignored (a
+misspelt allow_other) is found out much later; the words that mount(8) and mount.fuse3 add by themselves are not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qcowfs.errors import UsageError, printable
+
+__all__ = ["KNOWN", "MountOptions", "parse"]
+
+_FLAGS = {
+    "allow_other": "allow_other",
+    "allow_root": "allow_root",
+    "auto_unmount": "auto_unmount",
+    "live": "live",
+    "no_lock": "no_lock",
+    "nolock": "no_lock",
+    "nonempty": "nonempty",
+    "rw": "rw",
+}
+_VALUES = {"image_format": "image_format", "log_file": "log_file"}
+_LISTS = {"allow_backing": "allow_backing"}
+
+KNOWN = (
+    *("allow_backing=DIR|any", "allow_other", "allow_root", "auto_unmount", "image_format=FORMAT", "live"),
+    *("log_file=FILE", "no_lock", "nonempty", "ro"),
+)
+
+# Kernel mount flags and fstab's own words (mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS). A FUSE mount is nosuid
+# and nodev and this one is read-only, whatever they say; the rest is about who mounts and when.
+_FROM_MOUNT = frozenset(
+    (
+        *("async", "auto", "defaults", "dirsync", "group", "loud", "mand", "noauto", "nofail", "nogroup", "nomand"),
+        *("noowner", "nouser", "nousers", "owner", "_netdev", "ro", "silent", "sync", "user", "users"),
+        *("dev", "nodev", "suid", "nosuid", "exec", "noexec", "symfollow", "nosymfollow", "iversion", "noiversion"),
+        *("atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime", "nostrictatime"),
+        *("lazytime", "nolazytime"),
+    )
+)
+_FROM_MOUNT_WITH_VALUE = re.compile(r"(?:[xX]-.*|comment=.*|user=.*|helper=.*|uhelper=.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountOptions:
+    """What `-o` said; the options of the command line with the same names mean the same.
+
+    Attributes:
+        allow_other, allow_root: let others, or root, into a mount (FUSE's own words).
+        auto_unmount: let the mount vanish when its daemon dies, instead of staying dead.
+        nonempty: mount over a directory that is not empty, or over another mount.
+        rw: somebody asked for a writable mount; there is none.
+        allow_backing, no_lock, live, image_format, log_file: as the options of `qcowfs mount`.
+    """
+
+    allow_other: bool = False
+    allow_root: bool = False
+    auto_unmount: bool = False
+    live: bool = False
+    no_lock: bool = False
+    nonempty: bool = False
+    rw: bool = False
+    allow_backing: tuple[str, ...] = ()
+    image_format: str | None = None
+    log_file: str | None = None
+
+
+def parse(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:
+    """Return what the `-o` arguments `texts` say. Later words win over earlier ones.
+
+    Args:
+        sloppy: ignore unknown words, as mount(8)'s -s asks.
+
+    Raises:
+        UsageError: a word is not known, or lacks its value; the message lists the known ones.
+    """
+    found: dict[str, bool | str | tuple[str, ...]] = {}
+    for word in _words(texts):
+        if not _take(word, found) and not sloppy:
+            raise UsageError(f"unknown mount option '{printable(word)}'", hint=f"known are {', '.join(KNOWN)}")
+    if found.get("allow_other") and found.get("allow_root"):
+        raise UsageError("the mount options allow_other and allow_root exclude each other")
+    return MountOptions(**found)  # type: ignore[arg-type]  # keys and types are those of the tables above
+
+
+def _take(word: str, found: dict[str, bool | str | tuple[str, ...]]) -> bool:
+    """Enter `word` into `found`; False if nobody knows it."""
+    key, equals, value = word.partition("=")
+    if word in _FLAGS:
+        found[_FLAGS[word]] = True
+    elif equals and key in _VALUES:
+        found[_VALUES[key]] = _required(key, value)
+    elif equals and key in _LISTS:
+        before = found.get(_LISTS[key], ())
+        assert isinstance(before, tuple)
+        found[_LISTS[key]] = (*before, _required(key, value))
+    elif word == "ro":
+        found.pop("rw", None)
+    else:
+        return word in _FROM_MOUNT or _FROM_MOUNT_WITH_VALUE.fullmatch(word) is not None
+    return True
+
+
+def _required(key: str, value: str) -> str:
+    if not value:
+        raise UsageError(f"the mount option {key} needs a value")
+    return value
+
+
+def _words(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from filter(None, split(text))
+
+
+def split(text: str) -> Sequence[str]:
+    """Split at commas. A backslash takes the next character as it is, and so do double quotes for what is in them.
+
+    libfuse's rule and mount(8)'s rule: both are needed for a directory with a comma in its name.
+    """
+    words: list[str] = []
+    word, quoted = "", False
+    characters = iter(text)
+    for character in characters:
+        if character == "\\":
+            word += next(characters, "\\")
+        elif character == '"':
+            quoted = not quoted
+        elif character == "," and not quoted:
+            words.append(word)
+            word = ""
+        else:
+            word += character
+    return [*words, word]

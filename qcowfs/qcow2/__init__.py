@@ -1,0 +1,1 @@
+"""qcow2's on-disk structures, parsed and checked once into frozen objects."""

@@ -1,0 +1,144 @@
+"""The snapshot table of a qcow2 image: one frozen entry for each internal snapshot.
+
+Used by chain and snapshot. Names and ids are bytes as users made them; nothing is interpreted here. Source: the qcow2
+specification, "Snapshots". Pure functions over a Source; any thread.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qcowfs import limits
+from qcowfs.errors import CorruptImage, SourceError
+from qcowfs.qcow2.header import Header
+
+if TYPE_CHECKING:
+    from qcowfs._source import Source
+
+__all__ = ["SnapshotEntry", "read_snapshots", "validate_l1"]
+
+FIXED_LENGTH = 40
+NO_ICOUNT = (1 << 64) - 1
+CHUNK = 1 << 20  # the table is read in pieces: its length is known only after its last entry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotEntry:
+    """One entry, as stored.
+
+    Attributes:
+        ordinal: its place in the table, from 0.
+        l1_offset, l1_entries: its L1 table; not checked yet, see `validate_l1`.
+        disk_size: bytes of the disk when it was made; None in old version 2 images, which means the active size.
+        icount: the instruction count of a recorded guest, None if there is none.
+    """
+
+    ordinal: int
+    id: bytes
+    name: bytes
+    l1_offset: int
+    l1_entries: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_ns: int
+    vm_state_size: int
+    disk_size: int | None
+    icount: int | None
+
+
+def read_snapshots(source: Source, header: Header) -> tuple[SnapshotEntry, ...]:
+    """Read and check the snapshot table of `source`.
+
+    Raises:
+        CorruptImage: an entry breaks its rule, or the table exceeds its cap or the file.
+        SourceError: it cannot be read.
+    """
+    table = _Table(source, header.snapshots_offset)
+    return tuple(_entry(table, ordinal, header) for ordinal in range(header.snapshots_count))
+
+
+class _Table:
+    """The table's bytes, taken in order."""
+
+    def __init__(self, source: Source, offset: int) -> None:
+        self._source = source
+        self._offset = offset  # of the table
+        self._taken = 0  # bytes from there on that were taken
+        self._buffer = b""  # what was read beyond them
+
+    @property
+    def place(self) -> int:
+        """Host offset of the next byte."""
+        return self._offset + self._taken
+
+    def take(self, length: int) -> bytes:
+        if self._taken + length > limits.MAX_SNAPSHOT_TABLE_SIZE:
+            raise self.corrupt(f"the table is larger than {limits.MAX_SNAPSHOT_TABLE_SIZE} bytes")
+        if len(self._buffer) < length:
+            self._buffer += self._read(self.place + len(self._buffer), max(CHUNK, length))
+        if len(self._buffer) < length:
+            raise self.corrupt("the table lies past the end of the file: the image is truncated")
+        data, self._buffer = self._buffer[:length], self._buffer[length:]
+        self._taken += length
+        return data
+
+    def align(self) -> None:
+        """Each entry starts at a multiple of 8; the file may end before the padding of the last one."""
+        padding = -self._taken % 8
+        self._buffer = self._buffer[padding:]
+        self._taken += padding
+
+    def corrupt(self, why: str) -> CorruptImage:
+        return CorruptImage(self._source.name, f"bad snapshot table at {self.place:#x}", why)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        try:
+            return self._source.read_at(offset, length)
+        except OSError as error:
+            raise SourceError.from_oserror(self._source.name, "cannot read the snapshot table", error) from error
+
+
+def _entry(table: _Table, ordinal: int, header: Header) -> SnapshotEntry:
+    table.align()
+    fixed = struct.unpack(">QIHHIIQII", table.take(FIXED_LENGTH))
+    l1_offset, l1_entries, id_length, name_length, seconds, nanoseconds, clock, vm_state_size, extra_length = fixed
+    if extra_length > limits.MAX_SNAPSHOT_EXTRA_SIZE:
+        raise table.corrupt(f"{extra_length} bytes of extra data, at most {limits.MAX_SNAPSHOT_EXTRA_SIZE}")
+    extra = table.take(extra_length)
+    if header.version >= 3 and extra_length < 16:
+        raise table.corrupt(f"{extra_length} bytes of extra data, version 3 has at least 16")
+    large_vm_state, disk_size, icount = (_word(extra, place) for place in (0, 8, 16))
+    if disk_size is not None and disk_size > limits.MAX_VIRTUAL_SIZE:
+        raise table.corrupt(f"a disk of {disk_size:#x} bytes, at most {limits.MAX_VIRTUAL_SIZE:#x}")
+    return SnapshotEntry(
+        ordinal=ordinal,
+        id=table.take(id_length),
+        name=table.take(name_length),
+        l1_offset=l1_offset,
+        l1_entries=l1_entries,
+        date_sec=seconds,
+        date_nsec=nanoseconds,
+        vm_clock_ns=clock,
+        vm_state_size=vm_state_size if large_vm_state is None else large_vm_state,
+        disk_size=disk_size,
+        icount=None if icount == NO_ICOUNT else icount,
+    )
+
+
+def _word(extra: bytes, place: int) -> int | None:
+    return int.from_bytes(extra[place : place + 8], "big") if len(extra) >= place + 8 else None
+
+
+def validate_l1(source: Source, header: Header, entry: SnapshotEntry) -> None:
+    """Check where the L1 table of `entry` is. Only when it is used: a bad one spoils this snapshot and no other.
+
+    Raises:
+        CorruptImage: it is not aligned to a cluster, or larger than an L1 table may be.
+    """
+    what = f"bad L1 table of snapshot {entry.ordinal + 1}"
+    if entry.l1_entries * 8 > limits.MAX_L1_SIZE:
+        raise CorruptImage(source.name, what, f"{entry.l1_entries} entries, at most {limits.MAX_L1_SIZE // 8}")
+    if entry.l1_offset % header.cluster_size or entry.l1_offset >= limits.MAX_VIRTUAL_SIZE:
+        raise CorruptImage(source.name, what, f"its offset {entry.l1_offset:#x} is not aligned to a cluster")

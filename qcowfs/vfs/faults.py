@@ -1,0 +1,54 @@
+"""What the log hears of reads that failed: each fault once, and not too many in a row.
+
+Used by vfs/node.py, in one thread. A damaged image under a loop mount can fail a million reads a minute, and every
+one of them answers EIO to its reader anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from qcowfs.errors import QcowfsError
+
+__all__ = ["FaultLog"]
+
+MAX_REMEMBERED = 4096  # faults that are known not to be new; beyond it only the rate below holds
+BURST = 20  # lines at once
+LINES_PER_SECOND = 0.2  # after a burst
+
+logger = logging.getLogger("qcowfs.mount")
+
+
+class FaultLog:
+    """Logs faults; `clock` gives seconds and is a parameter for the tests."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: set[str] = set()  # the lines that were logged, or would have been
+        self._allowance = float(BURST)  # lines that may be logged now
+        self._refilled = clock()  # when the allowance was last counted
+        self._dropped = 0  # lines since the last one that was logged
+
+    def report(self, name: str, fault: QcowfsError) -> None:
+        """Log `fault` of the file `name`, unless it is known or the log has had enough for now."""
+        line = f"{name}: {fault}"
+        if line in self._known:
+            return
+        if len(self._known) < MAX_REMEMBERED:
+            self._known.add(line)
+        if not self._allowed():
+            self._dropped += 1
+            return
+        logger.error("%s%s", line, f" (and {self._dropped} more faults before it)" if self._dropped else "")
+        self._dropped = 0
+
+    def _allowed(self) -> bool:
+        now = self._clock()
+        self._allowance = min(BURST, self._allowance + (now - self._refilled) * LINES_PER_SECOND)
+        self._refilled = now
+        if self._allowance < 1:
+            return False
+        self._allowance -= 1
+        return True

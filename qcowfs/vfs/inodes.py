@@ -1,0 +1,43 @@
+"""Inode numbers: a hash of the path in the mount, so that they are the same from mount to mount.
+
+Used by vfs/tree.py, in one thread. Backup tools and NFS clients remember numbers between mounts.
+
+A number CAN be compared between two mounts of the same image: the same path has the same number.
+A number CANNOT tell whether two mounts show the same bytes: a path may name another point after the image changed.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+__all__ = ["ROOT", "Inodes"]
+
+ROOT = 1  # FUSE's fixed number of the root directory; 0 means "no such entry"
+_MASK = (1 << 63) - 1  # some programs keep inode numbers in signed 64-bit integers
+
+
+class Inodes:
+    """Hands out the numbers of one mount.
+
+    Two paths of one mount never share a number: the one asked for later moves on to the next hash. With 63 bits that
+    is a one in 10^7 event at a million paths, and it still comes out the same as long as the order of asking does.
+    """
+
+    def __init__(self) -> None:
+        self._path_of = {ROOT: b"/"}  # number -> the path that holds it
+
+    def number(self, path: bytes) -> int:
+        """Return the inode number of `path`, an absolute path in the mount."""
+        attempt = 0
+        while True:
+            number = _hashed(path, attempt)
+            if self._path_of.setdefault(number, path) == path and number:
+                return number
+            attempt += 1
+
+
+def _hashed(path: bytes, attempt: int) -> int:
+    if path == b"/":
+        return ROOT
+    digest = blake2b(path, digest_size=8, salt=attempt.to_bytes(8, "big"), person=b"qcowfs inode").digest()
+    return int.from_bytes(digest, "big") & _MASK

@@ -1,0 +1,162 @@
+"""The tree of one mount: which names there are, what each of them is, and the node of each inode number.
+
+Used by fuse.py; made in the foreground by mount.py, so that whatever is wrong reaches the person. Pure but for what
+the nodes do. The mount's thread only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from qcowfs import limits
+from qcowfs._cache import Cache
+from qcowfs._source import FileSource
+from qcowfs.sizes import Sizes
+from qcowfs.snapshot import LiveDisk, open_disk
+from qcowfs.vfs import names, xattrs
+from qcowfs.vfs.faults import FaultLog
+from qcowfs.vfs.inodes import ROOT, Inodes
+from qcowfs.vfs.node import Directory, Disk, DiskFile, LiveFile, Node, Place, Symlink
+
+if TYPE_CHECKING:
+    from qcowfs.chain import Chain
+    from qcowfs.snapshot import Point
+
+__all__ = ["ChainDisks", "Disks", "Tree", "latest"]
+
+
+class Disks(Protocol):
+    """What a tree asks of the rooms below: the disks of points. The tests have their own."""
+
+    def frozen(self, point: Point) -> Disk: ...
+    def live(self, point: Point) -> Disk: ...
+    def allocated(self, point: Point) -> int: ...
+    def file_status(self, point: Point) -> os.stat_result: ...
+
+
+class ChainDisks:
+    """The disks of a chain, with one cache for all of them, so that memory stays bounded however many are open."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._cache = Cache(limits.DEFAULT_CACHE_SIZE)
+        self._sizes = Sizes(chain)
+
+    def frozen(self, point: Point) -> Disk:
+        """Return the disk of a point that cannot change."""
+        return open_disk(self._chain, point, self._cache)
+
+    def live(self, point: Point) -> Disk:
+        """Return the disk of a point that another process may be writing."""
+        return LiveDisk(self._chain, point)
+
+    def allocated(self, point: Point) -> int:
+        """Return the bytes that `point` allocates; walks its tables."""
+        return self._sizes.allocated(point)
+
+    def file_status(self, point: Point) -> os.stat_result:
+        """Return the status of the file of `point`'s layer now, by its descriptor: the path may lie under the mount."""
+        source = point.layer.source
+        return os.fstat(source.fileno()) if isinstance(source, FileSource) else os.stat(point.layer.path)
+
+
+class Tree:
+    """The nodes of one mount.
+
+    Args:
+        points: of one chain.
+        disks: opens them.
+        image: the image's path, for the root's attributes.
+        owner: (uid, gid) of every node.
+        live: show the points that another process may be writing, too.
+
+    Attributes:
+        root: the directory that is mounted.
+        shown: the points that have a file, in the order of `points`.
+        left_out: the names of the points that are not frozen and not shown.
+    """
+
+    def __init__(
+        self, points: Sequence[Point], disks: Disks, *, image: str, owner: tuple[int, int], live: bool = False
+    ) -> None:
+        self._disks = disks
+        self._image = image
+        self._owner = owner
+        self._inodes = Inodes()
+        self._faults = FaultLog()
+        self._nodes: dict[int, Node] = {}
+        # Names are given to all points, so that a point has the same name whether the others are shown or not.
+        named = list(zip(names.assign(points), points, strict=True))
+        shown = [(name, point) for name, point in named if point.frozen or live]
+        self.shown: tuple[Point, ...] = tuple(point for _, point in shown)
+        self.left_out = tuple(name for name, point in named if not (point.frozen or live))
+        self.root = self._make_root()
+        self._add_files(shown)
+
+    def node(self, ino: int) -> Node:
+        """Return the node that has this inode number.
+
+        Raises:
+            KeyError: no node has it.
+        """
+        return self._nodes[ino]
+
+    def lookup(self, directory: Directory, name: bytes) -> Node | None:
+        """Return the node called `name` in `directory`, None if there is none. "." and ".." are names."""
+        if name == b".":
+            return directory
+        return directory.parent if name == b".." else directory.entries.get(name)
+
+    def xattrs(self, node: Node) -> Mapping[bytes, bytes]:
+        """Return the extended attributes of `node`; the root's tell of the process that asks."""
+        return xattrs.of_root(self._image) if node is self.root else node.place.xattrs
+
+    def _make_root(self) -> Directory:
+        date_ns = max((point.date_ns for point in self.shown), default=0)
+        root = Directory(Place(ino=ROOT, name=b"/", owner=self._owner, date_ns=date_ns))
+        self._nodes[ROOT] = root
+        return root
+
+    def _add_files(self, shown: Sequence[tuple[str, Point]]) -> None:
+        newest = latest(self.shown)
+        for name, point in shown:
+            file_name = (name + names.SUFFIX).encode()
+            self._add(self._file(file_name, point))
+            if point is newest:
+                link = self._place((names.LATEST + names.SUFFIX).encode(), point.date_ns)
+                self._add(Symlink(link, file_name))
+
+    def _file(self, name: bytes, point: Point) -> Node:
+        disks = self._disks
+        place = self._place(name, point.date_ns, xattrs.of_point(point))
+        if not point.frozen:
+            look = partial(disks.file_status, point)
+            make_disk = partial(disks.live, point)
+            return LiveFile(place, make_disk, self._faults, virtual_size=point.virtual_size, look=look)
+        count = partial(disks.allocated, point)
+        make_disk = partial(disks.frozen, point)
+        return DiskFile(place, make_disk, self._faults, virtual_size=point.virtual_size, count_allocated=count)
+
+    def _place(self, name: bytes, date_ns: int, attributes: dict[bytes, bytes] | None = None) -> Place:
+        ino = self._inodes.number(b"/" + name)
+        return Place(ino=ino, name=name, owner=self._owner, date_ns=date_ns, xattrs=attributes or {})
+
+    def _add(self, node: Node) -> None:
+        self.root.entries[node.place.name] = node
+        self._nodes[node.place.ino] = node
+
+
+def latest(points: Iterable[Point]) -> Point | None:
+    """Return the newest frozen point; never the active state. None if there is none.
+
+    At the same date the one nearest to the active state is the newer: the upper layer; in one layer its active state
+    before its snapshots, and of those the one added to the table last.
+    """
+    return max((point for point in points if point.frozen and point.kind != "active"), key=_newness, default=None)
+
+
+def _newness(point: Point) -> tuple[int, int, bool, int]:
+    return point.date_ns, -point.depth, point.entry is None, point.entry.ordinal if point.entry else 0

@@ -1,0 +1,52 @@
+"""What the mount's tests share: images, a directory to mount on, and a look at what is left over."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qcowfs import mountpoint
+from tests.mount.images import Story, make_story
+from tests.support import need
+from tests.support.mounts import force_unmount, need_fuse
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Return an image that is read-only to all tests."""
+    need("qemu-img", "qemu-io")
+    return make_story(tmp_path_factory.mktemp("story"))
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Return a small raw image, for tests that are not about images."""
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(range(256)) * 4096)
+    return image
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[Path]:
+    """Return an empty directory to mount on, and check that it is one again afterwards."""
+    need_fuse()
+    path = tmp_path / "mnt"
+    path.mkdir()
+    yield path
+    left = mountpoint.find(str(path))
+    force_unmount(path)
+    assert left is None, f"left mounted: {left}"
+    assert os.listdir(path) == []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    """Check that a test leaves no thread and no descriptor behind in this process."""
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    yield
+    assert threading.active_count() <= threads
+    assert len(os.listdir("/proc/self/fd")) <= descriptors

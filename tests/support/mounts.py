@@ -1,0 +1,297 @@
+"""Real mounts for tests: the command in its own process, who runs it, and that nothing is left of it.
+
+The daemon writes the stacks of its threads to a file on SIGUSR1, and a test that waits for it in vain shows them.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from qcowfs import mountpoint
+from tests.support import need
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PATIENCE = 20.0  # seconds; far more than anything here takes on a busy machine
+
+# What a console script does, plus the stacks on SIGUSR1. `qcowfs` may or may not be installed.
+LAUNCHER = """
+import faulthandler, os, signal, sys
+sys.path.insert(0, {repository!r})
+stacks = os.environ.get("QCOWFS_TEST_STACKS")
+if stacks:
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)
+from {module} import {function}
+sys.exit({function}())
+"""
+
+
+def launcher(module: str = "qcowfs.cli", function: str = "main") -> list[str]:
+    """Return the command that runs an entry point of this checkout."""
+    code = LAUNCHER.format(repository=str(REPOSITORY), module=module, function=function)
+    return [sys.executable, "-c", code]
+
+
+def script(path: Path, module: str = "qcowfs.cli", function: str = "main") -> Path:
+    """Write an executable at `path` that runs an entry point of this checkout, as pip installs one."""
+    code = LAUNCHER.format(repository=str(REPOSITORY), module=module, function=function)
+    path.write_text(f"#!{sys.executable}\n{code}")
+    path.chmod(0o755)
+    return path
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who runs a command."""
+
+    name: str
+    uid: int
+    gid: int
+
+    @property
+    def is_me(self) -> bool:
+        return self.uid == os.geteuid()
+
+    def popen_arguments(self) -> dict[str, object]:
+        """Return what Popen needs to become this person."""
+        return {} if self.is_me else {"user": self.uid, "group": self.gid, "extra_groups": []}
+
+    def own(self, path: Path) -> Path:
+        """Give `path` to this person."""
+        if not self.is_me:
+            os.chown(path, self.uid, self.gid)
+        return path
+
+
+def me() -> Person:
+    """Return who runs the tests."""
+    return Person(pwd.getpwuid(os.geteuid()).pw_name, os.geteuid(), os.getegid())
+
+
+def ordinary_user() -> Person:
+    """Return an ordinary user who can run the checkout and FUSE: who runs the tests, or nobody. Skips if there is none."""
+    need("fusermount3")
+    if os.geteuid() != 0:
+        return me()
+    entry = pwd.getpwnam("nobody")
+    person = Person(entry.pw_name, entry.pw_uid, entry.pw_gid)
+    code = f"import sys, os; sys.path.insert(0, {str(REPOSITORY)!r}); import qcowfs; os.close(os.open('/dev/fuse', 2))"
+    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **person.popen_arguments())  # type: ignore[call-overload]
+    if tried.returncode != 0:
+        need("an-ordinary-user-who-may-use-the-checkout-and-/dev/fuse")
+    return person
+
+
+def need_fuse() -> None:
+    """Skip unless this machine can make FUSE mounts."""
+    need("fusermount3")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        need("access-to-/dev/fuse")
+
+
+def call(
+    *arguments: str | Path,
+    person: Person | None = None,
+    command: Sequence[str] | None = None,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run `qcowfs ARGUMENTS` to its end and return what it said; standard input is empty."""
+    words = [*(command or launcher()), *map(str, arguments)]
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        words,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=PATIENCE,
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        **(person or me()).popen_arguments(),
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the message of a command that failed as it should: one line, perhaps a hint, never a traceback."""
+    lines = done.stderr.splitlines()
+    assert done.stdout == ""
+    assert lines and lines[0].startswith("qcowfs: "), done.stderr
+    assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("hint: ")), done.stderr
+    return lines[0]
+
+
+def wait_until(true: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
+    """Wait until `true()`; fail with `what` if that does not happen."""
+    end = time.monotonic() + patience
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process lives. One that ended and waits for init to collect it does not."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as status:
+            return status.read().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
+
+
+@dataclass
+class Mounted:
+    """A mount that a test made.
+
+    Attributes:
+        path: the mount point.
+        pid: the daemon.
+        person: who mounted.
+        process: the command, if it stayed in the foreground.
+    """
+
+    path: Path
+    person: Person
+    log: Path
+    stacks: Path
+    process: subprocess.Popen[str] | None = None
+    pid: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pid = int(self.ask("user.qcowfs.pid"))
+
+    def ask(self, attribute: str) -> bytes:
+        """Return an extended attribute of the root, asked as the person who mounted."""
+        if self.person.is_me:
+            return os.getxattr(self.path, attribute)
+        code = "import os, sys; sys.stdout.buffer.write(os.getxattr(sys.argv[1], sys.argv[2]))"
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(self.path), attribute],
+            check=True,
+            capture_output=True,
+            **self.person.popen_arguments(),  # type: ignore[call-overload]
+        )
+        assert isinstance(done.stdout, bytes)
+        return done.stdout
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def is_mounted(self) -> bool:
+        return mountpoint.find(str(self.path)) is not None
+
+    def signal(self, number: int) -> None:
+        """Send the daemon a signal."""
+        os.kill(self.pid, number)
+
+    def wait_gone(self) -> None:
+        """Wait until the daemon ended; then check that it left no mount, and nothing unexpected in its log."""
+        with suppress(AssertionError):
+            wait_until(lambda: not self.is_alive(), "")
+        assert not self.is_alive(), f"the daemon still runs:\n{self._dumped_stacks()}"
+        assert not self.is_mounted()
+        assert not (words := unexpected(self.log)), words
+
+    def is_alive(self) -> bool:
+        if self.process is not None:
+            return self.process.poll() is None
+        return is_running(self.pid)
+
+    def _dumped_stacks(self) -> str:
+        with suppress(OSError):
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(0.5)
+        return self.stacks.read_text() if self.stacks.exists() else "no stacks"
+
+
+def unexpected(log: Path) -> list[str]:
+    """Return the lines of a log that no test expects."""
+    if not log.exists():
+        return []
+    bad = ("Traceback", "internal error", "Exception", "CRITICAL", "error in")
+    return [line for line in log.read_text().splitlines() if any(word in line for word in bad)]
+
+
+@contextmanager
+def mounted(
+    image: str | Path, path: Path, *options: str, person: Person | None = None, env: dict[str, str] | None = None
+) -> Iterator[Mounted]:
+    """Mount `image` on `path` in the background, and see to it that it is gone afterwards."""
+    person = person or me()
+    log, stacks = (person.own(_touched(path.with_name(path.name + ending))) for ending in (".log", ".stacks"))
+    told = {**(env or {}), "QCOWFS_TEST_STACKS": str(stacks)}
+    done = call("mount", *options, "--log-file", log, image, path, person=person, env=told)
+    try:
+        assert done.returncode == 0, done.stderr
+        mount = Mounted(path, person, log, stacks)
+        yield mount
+        if mount.is_mounted():
+            ended = call("umount", path, person=person)
+            assert ended.returncode == 0, ended.stderr
+        mount.wait_gone()
+    finally:
+        force_unmount(path)
+
+
+@contextmanager
+def in_foreground(image: str | Path, path: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[Mounted]:
+    """Mount `image` on `path` with -f, and end it with SIGTERM if the test did not."""
+    log, stacks = (_touched(path.with_name(path.name + ending)) for ending in (".log", ".stacks"))
+    words = [*launcher(), "mount", "-f", *options, "--log-file", str(log), str(image), str(path)]
+    told = {**os.environ, **(env or {}), "QCOWFS_TEST_STACKS": str(stacks)}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, env=told, text=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            wait_until(lambda: mountpoint.find(str(path)) or process.poll() is not None, "it never mounted")
+            assert process.poll() is None, process.communicate()
+            mount = Mounted(path, me(), log, stacks, process)
+            yield mount
+            if mount.is_alive():
+                process.send_signal(signal.SIGTERM)
+            mount.wait_gone()
+        finally:
+            process.kill()
+            force_unmount(path)
+
+
+def _touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def force_unmount(path: Path) -> None:
+    """Remove whatever is still mounted on `path`, dead or alive, so that one failed test does not break others."""
+    while mountpoint.find(str(path)) is not None:
+        words = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
+        subprocess.run([*words, str(path)], check=True, timeout=PATIENCE)
+
+
+def shell(command: str, *arguments: str | Path, person: Person | None = None) -> str:
+    """Run `command` in sh, as a person at a terminal would, and return its output; `arguments` are $1, $2, ..."""
+    done = subprocess.run(  # type: ignore[call-overload]
+        ["sh", "-euc", command, "sh", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=PATIENCE,
+        **(person or me()).popen_arguments(),
+    )
+    assert done.returncode == 0, f"{shlex.quote(command)}: {done.stderr}"
+    return str(done.stdout)
+
+
+def qemu(*words: str | Path) -> str:
+    """Run a QEMU tool, and return its output."""
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(map(str, words))}: {done.stderr}{done.stdout}")
+    return done.stdout

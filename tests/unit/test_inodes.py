@@ -1,0 +1,50 @@
+"""Inode numbers: stable, never shared, never the two that FUSE keeps for itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from qcowfs.vfs import inodes
+from qcowfs.vfs.inodes import ROOT, Inodes
+
+
+def test_the_root_is_number_one() -> None:
+    assert Inodes().number(b"/") == ROOT == 1
+
+
+def test_a_path_has_the_same_number_in_every_mount() -> None:
+    one, two = Inodes(), Inodes()
+    two.number(b"/something-else.raw")
+
+    assert one.number(b"/current.raw") == two.number(b"/current.raw")
+
+
+def test_the_numbers_are_a_promise_to_what_remembers_them() -> None:
+    # Backup tools and NFS clients keep them between versions of qcowfs, too.
+    assert Inodes().number(b"/current.raw") == 7421083599216921931
+
+
+def test_a_path_asked_for_twice_has_one_number() -> None:
+    numbers = Inodes()
+
+    assert numbers.number(b"/a.raw") == numbers.number(b"/a.raw")
+
+
+def test_numbers_fit_in_a_signed_integer() -> None:
+    numbers = Inodes()
+
+    assert all(1 < numbers.number(b"/%d" % place) < 1 << 63 for place in range(10_000))
+
+
+def test_two_paths_that_hash_alike_get_two_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inodes, "_hashed", lambda path, attempt: 100 + attempt)
+    numbers = Inodes()
+
+    assert [numbers.number(path) for path in (b"/a", b"/b", b"/a", b"/c")] == [100, 101, 100, 102]
+
+
+@pytest.mark.parametrize("taken", [0, ROOT])
+def test_a_hash_that_is_reserved_is_passed_over(monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
+    monkeypatch.setattr(inodes, "_hashed", lambda path, attempt: taken if attempt == 0 else 77)
+
+    assert Inodes().number(b"/a") == 77
