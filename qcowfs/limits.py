@@ -35,4 +35,4 @@ MAX_QCOW1_L2_BITS = 13  # QEMU: 16 - 3
 DEFAULT_CACHE_SIZE = 32 << 20  # L1/L2 slices and decompressed clusters of one mount, all points together
 TABLE_SLICE_SIZE = 4096  # tables are read and cached in such slices: a random read of a huge image costs no more
 MAX_COUNTED_TABLES = 64 << 20  # bytes of L2 tables that one mount walks to answer st_blocks exactly; then an estimate
-MAX_READ = 1 << 20  # one pread of a disk; FUSE itself asks for no more
+MAX_LISTED_TABLES = 1 << 30  # the same for `list` and `info`, which a person waits for

@@ -161,21 +161,25 @@ def _qcow2_map(layer: Layer, header: qcow2.Header, entry: SnapshotEntry | None) 
 
 
 class LiveDisk:
-    """The active state of a chain that another process writes, as it is on disk at each read.
+    """A point that reads through states which another process writes, as it is on disk at each read.
 
     Nothing is remembered between two reads: the header and every table are read again. What one read sees may still be
     in the middle of the writer's update; only a frozen point is consistent.
     """
 
     def __init__(self, chain: Chain, point: Point) -> None:
-        self._layers = chain.layers[point.depth :]
-        for layer in self._layers:
+        self._point = point
+        self._below = chain.layers[point.depth + 1 :]
+        for layer in (point.layer, *self._below):
             require_plain(layer)
 
     @property
     def virtual_size(self) -> int:
         """Bytes of the disk at this moment; the writer may resize it."""
-        return self._header_size(self._layers[0])
+        header = self._point.layer.header
+        if self._point.entry is None and isinstance(header, qcow2.Header):
+            return qcow2.read_header(self._point.layer.source).virtual_size
+        return self._point.virtual_size
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes at `offset`, fewer only where the disk ends now.
@@ -184,17 +188,11 @@ class LiveDisk:
             ReadFault: some of the range cannot be read right.
             ImageError: the header cannot be read right now.
         """
-        maps = [self._map(layer) for layer in self._layers]
+        maps = [self._map(self._point.layer, self._point.entry), *(self._map(layer) for layer in self._below)]
         return Disk(maps, self.virtual_size, Cache(LIVE_CACHE_SIZE)).pread(offset, length)
 
     @staticmethod
-    def _map(layer: Layer) -> LayerMap:
-        if isinstance(layer.header, qcow2.Header) and layer.written_by_other:
+    def _map(layer: Layer, entry: SnapshotEntry | None = None) -> LayerMap:
+        if entry is None and layer.written_by_other and isinstance(layer.header, qcow2.Header):
             return _qcow2_map(layer, qcow2.read_header(layer.source), None)
-        return layer_map(layer)
-
-    @staticmethod
-    def _header_size(layer: Layer) -> int:
-        if isinstance(layer.header, qcow2.Header):
-            return qcow2.read_header(layer.source).virtual_size
-        return layer.virtual_size
+        return layer_map(layer, entry)  # a snapshot's own tables do not move, whoever writes below it

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qcowfs import limits
 from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage, printable
@@ -35,9 +35,8 @@ END = 0x00000000
 BACKING_FORMAT = 0xE2792ACA
 FEATURE_NAMES = 0x6803F857
 BITMAPS = 0x23852875
-CRYPTO = 0x0537BE77
 DATA_FILE = 0x44415441
-INCOMPATIBLE, COMPATIBLE, AUTOCLEAR = range(3)  # kinds of the feature name table
+INCOMPATIBLE = 0  # kind of feature in the feature name table; 1 compatible, 2 autoclear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,23 +163,55 @@ def read_header(source: Source) -> Header:
     return _Parser(source).header()
 
 
+class _Fixed(NamedTuple):
+    """The fixed part of a header, as stored; version 2 has it up to and without `incompatible`."""
+
+    version: int
+    backing_offset: int
+    backing_length: int
+    cluster_bits: int
+    size: int
+    crypt_method: int
+    l1_entries: int
+    l1_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    snapshots_count: int
+    snapshots_offset: int
+    incompatible: int = 0
+    compatible: int = 0
+    autoclear: int = 0
+    refcount_order: int = 4
+    header_length: int = VERSION_2_LENGTH
+
+    def incompatible_bit(self, bit: int) -> bool:
+        return bool(self.incompatible >> bit & 1)
+
+
 class _Parser:
     """The header's bytes, and the checks in the order in which fields depend on each other."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._data = self._read(0, VERSION_3_LENGTH + 8)
+        self._data = self._read(0, COMPRESSION_TYPE_OFFSET + 8)
 
     def header(self) -> Header:
-        version = self._version()
-        fields = self._fields(version)
-        fields |= self._version_3_fields(fields) if version == 3 else {}
-        self._check_geometry(fields)
-        self._check_tables(fields)
-        room_end = self._backing_room(fields)
-        extensions = dict(self._extensions(fields["header_length"], room_end))
-        self._check_features(fields, _feature_names(extensions.get(FEATURE_NAMES, b"")))
-        return Header(**self._without_backing(fields), **self._from_extensions(fields, extensions))
+        fixed = self._fixed(self._version())
+        self._check_geometry(fixed)
+        extensions = dict(self._extensions(fixed.header_length, self._extensions_end(fixed)))
+        names = _feature_names(extensions.get(FEATURE_NAMES, b""))
+        self._check_features(fixed, names)
+        self._check_tables(fixed)
+        stored = {name: getattr(fixed, name) for name in _Fixed._fields if not name.startswith("backing_")}
+        return Header(
+            **stored,
+            zstd=self._zstd(fixed),
+            backing_name=self._backing_name(fixed),
+            backing_format=extensions.get(BACKING_FORMAT) or None,
+            data_file_name=extensions.get(DATA_FILE) or None,
+            bitmaps=self._bitmaps(extensions.get(BITMAPS)),
+            feature_names=names,
+        )
 
     def _read(self, offset: int, length: int) -> bytes:
         try:
@@ -191,91 +222,72 @@ class _Parser:
     def _corrupt(self, what: str, why: str) -> CorruptImage:
         return CorruptImage(self._source.name, what, why)
 
+    def _require_length(self, length: int) -> None:
+        if len(self._data) < length:
+            raise self._corrupt("the header is cut off", f"{len(self._data)} bytes, {length} were expected")
+
     def _version(self) -> int:
         if self._data[:4] != MAGIC:
             raise NotAnImage(self._source.name, "not a qcow2 image", "it does not start with QFI\\xfb")
-        if len(self._data) < VERSION_2_LENGTH:
-            raise self._corrupt("the header is cut off", f"{len(self._data)} bytes, a header has {VERSION_2_LENGTH}")
+        self._require_length(VERSION_2_LENGTH)
         version: int = struct.unpack_from(">I", self._data, 4)[0]
         if version not in (2, 3):
             raise UnsupportedImage(self._source.name, f"qcow2 version {version}", "versions 2 and 3 are supported")
         return version
 
-    def _fields(self, version: int) -> dict[str, int]:
-        names = (
-            "backing_offset backing_length cluster_bits size crypt_method l1_entries l1_offset "
-            "refcount_table_offset refcount_table_clusters snapshots_count snapshots_offset"
-        ).split()
-        values = struct.unpack_from(">QIIQIIQQIIQ", self._data, 8)
-        defaults = {"version": version, "refcount_order": 4, "header_length": VERSION_2_LENGTH}
-        return {**dict(zip(names, values, strict=True)), **defaults, "incompatible": 0, "compatible": 0, "autoclear": 0}
+    def _fixed(self, version: int) -> _Fixed:
+        common = struct.unpack_from(">QIIQIIQQIIQ", self._data, 8)
+        if version == 2:
+            return _Fixed(version, *common)
+        self._require_length(VERSION_3_LENGTH)
+        fixed = _Fixed(version, *common, *struct.unpack_from(">QQQII", self._data, VERSION_2_LENGTH))
+        if fixed.header_length < VERSION_3_LENGTH:
+            raise self._corrupt("bad header_length", f"{fixed.header_length} at 0x64, at least {VERSION_3_LENGTH}")
+        return fixed
 
-    def _version_3_fields(self, fields: dict[str, int]) -> dict[str, int]:
-        if len(self._data) < VERSION_3_LENGTH:
-            raise self._corrupt("the header is cut off", f"{len(self._data)} bytes, version 3 has {VERSION_3_LENGTH}")
-        names = ("incompatible", "compatible", "autoclear", "refcount_order", "header_length")
-        found = dict(zip(names, struct.unpack_from(">QQQII", self._data, VERSION_2_LENGTH), strict=True))
-        length = found["header_length"]
-        if length < VERSION_3_LENGTH:
-            raise self._corrupt("bad header_length", f"{length} at 0x64, at least {VERSION_3_LENGTH} was expected")
-        return found
+    def _check_geometry(self, fixed: _Fixed) -> None:
+        extended = fixed.incompatible_bit(EXTENDED_L2)
+        smallest = limits.MIN_CLUSTER_BITS_EXTENDED_L2 if extended else limits.MIN_CLUSTER_BITS
+        self._check_range("cluster_bits", 0x14, fixed.cluster_bits, smallest, limits.MAX_CLUSTER_BITS)
+        self._check_range("refcount_order", 0x60, fixed.refcount_order, 0, limits.MAX_REFCOUNT_ORDER)
+        self._check_range("size", 0x18, fixed.size, 0, limits.MAX_VIRTUAL_SIZE)
+        self._check_range("header_length", 0x64, fixed.header_length, 0, 1 << fixed.cluster_bits)
+        if fixed.crypt_method > 2:
+            why = "0 (none), 1 (AES) and 2 (LUKS) are known"
+            raise UnsupportedImage(self._source.name, f"encryption method {fixed.crypt_method}", why)
 
-    def _check_geometry(self, fields: dict[str, int]) -> None:
-        bits, order = fields["cluster_bits"], fields["refcount_order"]
-        if not limits.MIN_CLUSTER_BITS <= bits <= limits.MAX_CLUSTER_BITS:
-            expected = f"{limits.MIN_CLUSTER_BITS} to {limits.MAX_CLUSTER_BITS}"
-            raise self._corrupt("bad cluster_bits", f"{bits} at 0x14, {expected} was expected")
-        if fields["incompatible"] >> EXTENDED_L2 & 1 and bits < limits.MIN_CLUSTER_BITS_EXTENDED_L2:
-            expected = f"at least {limits.MIN_CLUSTER_BITS_EXTENDED_L2} with extended L2 entries"
-            raise self._corrupt("bad cluster_bits", f"{bits} at 0x14, {expected} was expected")
-        if fields["header_length"] > 1 << bits:
-            raise self._corrupt("bad header_length", f"{fields['header_length']} is more than a cluster")
-        if order > limits.MAX_REFCOUNT_ORDER:
-            raise self._corrupt("bad refcount_order", f"{order} at 0x60, at most {limits.MAX_REFCOUNT_ORDER}")
-        if fields["crypt_method"] > 2:
-            raise UnsupportedImage(
-                self._source.name, f"encryption method {fields['crypt_method']}", "0, 1 and 2 are known"
-            )
-        if fields["size"] > limits.MAX_VIRTUAL_SIZE:
-            raise self._corrupt("bad size", f"{fields['size']:#x} at 0x18, at most {limits.MAX_VIRTUAL_SIZE:#x}")
+    def _check_range(self, name: str, place: int, value: int, smallest: int, largest: int) -> None:
+        if not smallest <= value <= largest:
+            raise self._corrupt(f"bad {name}", f"{value} at {place:#x}, {smallest} to {largest} was expected")
 
-    def _check_tables(self, fields: dict[str, int]) -> None:
-        cluster_size = 1 << fields["cluster_bits"]
-        entries, clusters = fields["l1_entries"], fields["refcount_table_clusters"]
-        if entries * 8 > limits.MAX_L1_SIZE:
-            raise self._corrupt("the L1 table is too large", f"{entries} entries, at most {limits.MAX_L1_SIZE // 8}")
-        l2_entries = cluster_size // (16 if fields["incompatible"] >> EXTENDED_L2 & 1 else 8)
-        needed = -(-fields["size"] // (cluster_size * l2_entries))
-        if entries < needed:
-            raise self._corrupt("the L1 table is too small", f"{entries} entries, its size needs {needed}")
-        self._check_aligned("l1_table_offset", 0x28, fields["l1_offset"], cluster_size)
-        if clusters * cluster_size > limits.MAX_REFCOUNT_TABLE_SIZE:
-            raise self._corrupt("the refcount table is too large", f"{clusters} clusters")
-        if clusters == 0:
-            raise self._corrupt("no refcount table", "refcount_table_clusters at 0x38 is 0")
-        self._check_aligned("refcount_table_offset", 0x30, fields["refcount_table_offset"], cluster_size)
-        if fields["snapshots_count"] > limits.MAX_SNAPSHOTS:
-            raise self._corrupt("too many snapshots", f"{fields['snapshots_count']}, at most {limits.MAX_SNAPSHOTS}")
-        if fields["snapshots_count"]:
-            self._check_aligned("snapshots_offset", 0x40, fields["snapshots_offset"], cluster_size)
+    def _check_tables(self, fixed: _Fixed) -> None:
+        cluster_size = 1 << fixed.cluster_bits
+        reach = cluster_size * (cluster_size // (16 if fixed.incompatible_bit(EXTENDED_L2) else 8))
+        needed = -(-fixed.size // reach)
+        most_clusters = limits.MAX_REFCOUNT_TABLE_SIZE // cluster_size
+        self._check_range("l1_size", 0x24, fixed.l1_entries, needed, limits.MAX_L1_SIZE // 8)
+        self._check_aligned("l1_table_offset", 0x28, fixed.l1_offset, cluster_size)
+        self._check_range("refcount_table_clusters", 0x38, fixed.refcount_table_clusters, 1, most_clusters)
+        self._check_aligned("refcount_table_offset", 0x30, fixed.refcount_table_offset, cluster_size)
+        self._check_range("nb_snapshots", 0x3C, fixed.snapshots_count, 0, limits.MAX_SNAPSHOTS)
+        if fixed.snapshots_count:
+            self._check_aligned("snapshots_offset", 0x40, fixed.snapshots_offset, cluster_size)
 
     def _check_aligned(self, name: str, place: int, offset: int, cluster_size: int) -> None:
         if offset % cluster_size:
             raise self._corrupt(f"bad {name}", f"{offset:#x} at {place:#x} is not aligned to a cluster")
-        if offset >= 1 << 62:
+        if offset >= limits.MAX_VIRTUAL_SIZE:
             raise self._corrupt(f"bad {name}", f"{offset:#x} at {place:#x} is beyond what a file can have")
 
-    def _backing_room(self, fields: dict[str, int]) -> int:
-        """Where extensions have to end: at the backing file name, or with the first cluster."""
-        cluster_size = 1 << fields["cluster_bits"]
-        offset, length = fields["backing_offset"], fields["backing_length"]
-        if not offset:
+    def _extensions_end(self, fixed: _Fixed) -> int:
+        """Extensions end at the backing file name, or with the first cluster."""
+        cluster_size = 1 << fixed.cluster_bits
+        if not fixed.backing_offset:
             return cluster_size
-        if offset > cluster_size:
-            raise self._corrupt("bad backing_file_offset", f"{offset:#x} at 0x8 is beyond the first cluster")
-        if length > min(limits.MAX_BACKING_NAME, cluster_size - offset):
-            raise self._corrupt("bad backing_file_size", f"{length} at 0x10, more than the room there is for a name")
-        return offset
+        self._check_range("backing_file_offset", 0x8, fixed.backing_offset, 0, cluster_size)
+        most = min(limits.MAX_BACKING_NAME, cluster_size - fixed.backing_offset)
+        self._check_range("backing_file_size", 0x10, fixed.backing_length, 0, most)
+        return fixed.backing_offset
 
     def _extensions(self, offset: int, end: int) -> Iterator[tuple[int, bytes]]:
         """Yield (type, data); each turn goes on by at least 8 bytes."""
@@ -286,42 +298,32 @@ class _Parser:
                 return
             offset += 8
             if length > end - offset:
-                raise self._corrupt("bad header extension", f"{kind:#010x} at {offset - 8:#x}: {length} bytes do not fit")
+                why = f"type {kind:#010x} at {offset - 8:#x}: {length} bytes do not fit"
+                raise self._corrupt("bad header extension", why)
             yield kind, area[offset : offset + length]
             offset += -(-length // 8) * 8
 
-    def _check_features(self, fields: dict[str, int], names: Mapping[tuple[int, int], str]) -> None:
-        unknown = fields["incompatible"] & ~KNOWN_INCOMPATIBLE
+    def _check_features(self, fixed: _Fixed, names: Mapping[tuple[int, int], str]) -> None:
+        unknown = [bit for bit in range(64) if (fixed.incompatible & ~KNOWN_INCOMPATIBLE) >> bit & 1]
         if unknown:
-            bits = [bit for bit in range(64) if unknown >> bit & 1]
-            told = ", ".join(printable(names.get((INCOMPATIBLE, bit), f"bit {bit}")) for bit in bits)
+            told = ", ".join(printable(names.get((INCOMPATIBLE, bit), f"bit {bit}")) for bit in unknown)
             raise UnsupportedImage(self._source.name, "incompatible features that are not known", told)
 
-    def _without_backing(self, fields: dict[str, int]) -> dict[str, int]:
-        return {name: value for name, value in fields.items() if not name.startswith("backing_")}
-
-    def _from_extensions(self, fields: dict[str, int], extensions: dict[int, bytes]) -> dict[str, object]:
-        return {
-            "zstd": self._zstd(fields),
-            "backing_name": self._backing_name(fields),
-            "backing_format": extensions.get(BACKING_FORMAT) or None,
-            "data_file_name": extensions.get(DATA_FILE) or None,
-            "bitmaps": self._bitmaps(extensions.get(BITMAPS)),
-            "feature_names": _feature_names(extensions.get(FEATURE_NAMES, b"")),
-        }
-
-    def _backing_name(self, fields: dict[str, int]) -> bytes | None:
-        if not fields["backing_offset"] or not fields["backing_length"]:
+    def _backing_name(self, fixed: _Fixed) -> bytes | None:
+        if not fixed.backing_offset or not fixed.backing_length:
             return None
-        return self._read(fields["backing_offset"], fields["backing_length"])
+        name = self._read(fixed.backing_offset, fixed.backing_length)
+        if len(name) < fixed.backing_length:
+            raise self._corrupt("bad backing file name", "it lies past the end of the file")
+        return name
 
-    def _zstd(self, fields: dict[str, int]) -> bool:
-        present = fields["header_length"] > COMPRESSION_TYPE_OFFSET and len(self._data) > COMPRESSION_TYPE_OFFSET
+    def _zstd(self, fixed: _Fixed) -> bool:
+        present = fixed.header_length > COMPRESSION_TYPE_OFFSET and len(self._data) > COMPRESSION_TYPE_OFFSET
         kind = self._data[COMPRESSION_TYPE_OFFSET] if present else 0
         if kind > 1:
             raise UnsupportedImage(self._source.name, f"compression type {kind}", "0 (zlib) and 1 (zstd) are known")
-        if bool(fields["incompatible"] >> COMPRESSION_TYPE & 1) != bool(kind):
-            raise self._corrupt("bad compression type", f"{kind} at 0x68 does not agree with incompatible feature bit 3")
+        if fixed.incompatible_bit(COMPRESSION_TYPE) != bool(kind):
+            raise self._corrupt("bad compression type", f"{kind} at 0x68 and incompatible feature bit 3 disagree")
         return kind == 1
 
     def _bitmaps(self, data: bytes | None) -> BitmapsExtension | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,8 +44,7 @@ def target(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
-    """Check that a test leaves no thread and no descriptor behind in this process."""
-    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    """Check that a test leaves no descriptor behind in this process."""
+    descriptors = len(os.listdir("/proc/self/fd"))
     yield
-    assert threading.active_count() <= threads
     assert len(os.listdir("/proc/self/fd")) <= descriptors

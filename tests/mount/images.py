@@ -52,7 +52,9 @@ def make_story(folder: Path) -> Story:
     _write(base, "write -P 0x22 1M 1M", "write -z 2M 512k")
     qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top)
     for place, name in enumerate(AWKWARD):
-        _write(top, f"write -P {0x30 + place} {place * 100}k 70k", f"write -c -P {0x50 + place} {2000 + 64 * place}k 64k")
+        _write(
+            top, f"write -P {0x30 + place} {place * 100}k 70k", f"write -c -P {0x50 + place} {2048 + 64 * place}k 64k"
+        )
         _snapshot(top, name)
     qemu("qemu-img", "resize", "-q", top, "6M")
     _write(top, "write -P 0x77 5M 100k")
@@ -67,7 +69,14 @@ def _of_image(folder: Path, top: Path) -> list[Expected]:
     table = _table(top)
     found = [current]
     for number, (name, raw) in enumerate(zip(names, AWKWARD, strict=True), 1):
-        facts = {"kind": b"snapshot", "name": raw, "id": b"%d" % number, "vm_clock": b"0", "vm_state_size": b"0", **known}
+        facts = {
+            "kind": b"snapshot",
+            "name": raw,
+            "id": b"%d" % number,
+            "vm_clock": b"0",
+            "vm_state_size": b"0",
+            **known,
+        }
         found.append(Expected(f"{name}.raw", _reverted(folder, top, number), 4 * MIB, table[number - 1], facts))
     return found
 

@@ -80,7 +80,7 @@ def me() -> Person:
 
 
 def ordinary_user() -> Person:
-    """Return an ordinary user who can run the checkout and FUSE: who runs the tests, or nobody. Skips if there is none."""
+    """Return an ordinary user who can run the checkout and FUSE: who runs the tests, or nobody. Skips without one."""
     need("fusermount3")
     if os.geteuid() != 0:
         return me()

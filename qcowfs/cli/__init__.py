@@ -1,0 +1,162 @@
+"""The command line: one verb per file, and the only room that prints.
+
+`main` finds the verb, imports just that one, and turns every error into one line and an exit code. `list`, `info` and
+`map` never import pyfuse3 or trio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import ModuleType
+from typing import NoReturn
+
+from qcowfs import __version__
+from qcowfs.errors import QcowfsError, UsageError, printable
+
+__all__ = ["VERBS", "build_parser", "main", "report"]
+
+VERBS = ("mount", "umount", "list", "info", "map")
+INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
+
+DESCRIPTION = "Show every snapshot in a qcow2 disk image, side by side, as read-only raw disks."
+EXAMPLES = """\
+examples:
+  qcowfs list image.qcow2                   which points in time the image holds
+  qcowfs mount image.qcow2 /mnt             show them all as /mnt/NAME.raw
+  sudo mount -o ro,loop /mnt/NAME.raw /a    look at the files of one of them
+  cmp /mnt/current.raw /mnt/NAME.raw        or give it to any tool that reads raw disks
+  qcowfs umount /mnt                        unmount, and wait until the image is free
+
+'qcowfs VERB --help' tells more about each; so does qcowfs(1).
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with errors as qcowfs prints them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"'{self.prog} --help' tells more")
+
+
+class _LineFormatter(logging.Formatter):
+    """One line on standard error for each message, as the errors have."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"qcowfs: {record.levelname.lower()}: {super().format(record)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    _log_to_stderr(debug=debug)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except QcowfsError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_stdout()
+        return 128 + 13  # what SIGPIPE would have made of it
+    except Exception as error:
+        if debug:
+            raise
+        print(f"qcowfs: internal error: {printable(repr(error))}", file=sys.stderr)
+        print("hint: --debug shows where; please report it", file=sys.stderr)
+        return 1
+
+
+def report(error: QcowfsError) -> None:
+    """Print `error` for a person: one line, and a second one where a hint helps."""
+    print(f"qcowfs: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def build_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
+    """Return the parser with the arguments of `verbs`; each of them is imported."""
+    parser = Parser(
+        prog="qcowfs",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"qcowfs {__version__}")
+    parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    for verb in verbs:
+        module = _module(verb)
+        description = getattr(module, "DESCRIPTION", None) or f"{module.HELP[0].upper()}{module.HELP[1:]}."
+        command = commands.add_parser(
+            verb,
+            help=module.HELP,
+            description=description,
+            epilog=getattr(module, "EXAMPLES", f"See qcowfs-{verb}(1)."),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        module.configure(command)
+    return parser
+
+
+def _run(words: list[str]) -> int:
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if "--version" in words and verb is None:
+        return _print_version()
+    if verb is None or verb in VERBS:
+        args = build_parser((verb,) if verb else VERBS).parse_args(words)
+        return int(_module(args.verb).run(args))
+    if _looks_like_mount(words, verb):
+        return int(_module("mount").run_bare(words))
+    near = difflib.get_close_matches(verb, VERBS, 1)
+    hint = f"did you mean '{near[0]}'?" if near else f"verbs are {', '.join(VERBS)}"
+    raise UsageError(f"'{printable(verb)}' is not a verb of qcowfs", hint=hint)
+
+
+def _looks_like_mount(words: Sequence[str], image: str) -> bool:
+    """`qcowfs IMAGE MOUNTPOINT [-o ...]`, as mount.fuse3 calls it for `mount -t fuse.qcowfs`."""
+    rest = words[words.index(image) + 1 :]
+    return bool(rest) and not rest[0].startswith("-")
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"qcowfs.cli.{verb}")
+
+
+def _print_version() -> int:
+    with suppress(ImportError):
+        import pyfuse3
+
+        print(f"qcowfs {__version__} (pyfuse3 {pyfuse3.__version__})")
+        return 0
+    print(f"qcowfs {__version__} (pyfuse3 cannot be imported: no mounts)")
+    return 0
+
+
+def _log_to_stderr(*, debug: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter())
+    logger = logging.getLogger("qcowfs")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+def _drop_stdout() -> None:
+    """Whoever read our output is gone: let the interpreter's last flush go nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

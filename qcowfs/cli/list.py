@@ -1,0 +1,82 @@
+"""`qcowfs list`: the points in time of an image."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from qcowfs import limits
+from qcowfs.chain import Chain
+from qcowfs.cli import output
+from qcowfs.cli.options import add_image_options, add_json_option, open_chain
+from qcowfs.cli.points import named_points
+from qcowfs.errors import printable
+from qcowfs.sizes import Sizes
+from qcowfs.snapshot import Point
+from qcowfs.vfs.names import SUFFIX
+
+HELP = "list every point in time: the active state, snapshots, backing layers"
+EXAMPLES = """\
+OWN is what only that point uses in its file: what deleting the snapshot would free.
+
+examples:
+  qcowfs list image.qcow2
+  qcowfs list --json image.qcow2 | jq -r '.points[].path'
+
+See qcowfs-list(1).
+"""
+
+COLUMNS = ("NAME", "DATE", "VIRTUAL SIZE", "OWN", "VM STATE", "LAYER")
+NUMBERS = (2, 3, 4)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `qcowfs list`."""
+    add_image_options(parser)
+    add_json_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or the document."""
+    with open_chain(args) as chain:
+        sizes = Sizes(chain, limits.MAX_LISTED_TABLES)
+        if args.json:
+            output.print_json(document(chain, sizes))
+        else:
+            output.print_table(COLUMNS, [_row(name, point, sizes) for name, point in named_points(chain)], right=NUMBERS)
+    return 0
+
+
+def document(chain: Chain, sizes: Sizes) -> dict[str, Any]:
+    """Return the document of `list --json`; its keys are a contract (qcowfs-list(1))."""
+    points = [_point(name, point, sizes) for name, point in named_points(chain)]
+    return {"version": 1, "image": output.path_text(chain.image), "points": points}
+
+
+def _point(name: str, point: Point, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "name": name,
+        "path": name + SUFFIX,
+        "kind": point.kind,
+        "depth": point.depth,
+        "layer": output.path_text(os.path.basename(point.layer.path)),
+        **output.image_text("snapshot_id", point.snapshot_id),
+        **output.image_text("snapshot_name", point.snapshot_name),
+        "virtual_size": point.virtual_size,
+        "own_size": sizes.own(point),
+        "date": output.utc_date(point.date_ns),
+        "vm_state_size": point.vm_state_size,
+        "frozen": point.frozen,
+    }
+
+
+def _row(name: str, point: Point, sizes: Sizes) -> list[str]:
+    return [
+        printable(name) + ("" if point.frozen else " (being written)"),
+        output.local_date(point.date_ns),
+        output.human_size(point.virtual_size),
+        output.human_size(sizes.own(point)),
+        output.human_size(point.vm_state_size) if point.vm_state_size else "-",
+        printable(os.path.basename(point.layer.path)),
+    ]

@@ -1,0 +1,77 @@
+"""How facts are printed: tables, sizes, dates, JSON. Names from images come out escaped.
+
+Used by the other files of this room. Pure but for `print_json` and `print_table`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from qcowfs.errors import printable
+
+__all__ = ["human_size", "image_text", "local_date", "print_json", "print_table", "utc_date"]
+
+NANOSECONDS = 1_000_000_000
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
+
+
+def human_size(size: int | None) -> str:
+    """Return `size` (bytes) as qemu-img prints sizes: three digits and a binary unit; "-" for None."""
+    if size is None:
+        return "-"
+    exponent = max(0, min((size.bit_length() - 1) // 10, len(UNITS) - 1))
+    return f"{size / (1 << 10 * exponent):.3g} {UNITS[exponent]}"
+
+
+def local_date(date_ns: int) -> str:
+    """Return the local time to the second."""
+    return f"{datetime.fromtimestamp(date_ns // NANOSECONDS):%Y-%m-%d %H:%M:%S}"
+
+
+def utc_date(date_ns: int) -> str:
+    """Return ISO 8601 in UTC with nanoseconds."""
+    seconds, nanoseconds = divmod(date_ns, NANOSECONDS)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
+
+
+def image_text(key: str, raw: bytes | None) -> dict[str, str | None]:
+    """Return {key: text} for bytes of an image; with KEY_b64, the bytes themselves, if they are not UTF-8."""
+    if raw is None:
+        return {key: None}
+    try:
+        return {key: raw.decode()}
+    except UnicodeDecodeError:
+        return {key: printable(raw), f"{key}_b64": base64.b64encode(raw).decode()}
+
+
+def path_text(path: str) -> str:
+    """Return a path for JSON: as it is if it is UTF-8, else escaped."""
+    return path if path.isprintable() else printable(os.fsencode(path))
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(document, indent=4))
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+    """Print columns wide enough for their contents; those whose numbers are in `right` are set to the right."""
+    widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
+    for number, row in enumerate((headings, *rows)):
+        cells = [
+            text.rjust(width) if column in right else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        line = "  ".join(cells).rstrip()
+        print(f"{BOLD}{line}{PLAIN}" if number == 0 and _colour() else line)
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
