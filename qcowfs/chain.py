@@ -83,7 +83,9 @@ class Chain:
     def __enter__(self) -> Chain:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -142,7 +144,9 @@ class _Opener:
         self._add_layer(opened, image_format or self._probe_image(opened))
         while self.layers[-1].backing_name is not None:
             if len(self.layers) == limits.MAX_CHAIN_DEPTH:
-                raise UnsupportedImage(path, "its chain is too deep", f"at most {limits.MAX_CHAIN_DEPTH} layers are opened")
+                raise UnsupportedImage(
+                    path, "its chain is too deep", f"at most {limits.MAX_CHAIN_DEPTH} layers are opened"
+                )
             self._add_backing(self.layers[-1], self.layers[-1].backing_name)
 
     def _add_backing(self, overlay: Layer, name: bytes) -> None:
@@ -152,7 +156,9 @@ class _Opener:
         if recorded is None:
             recorded = self._probe_backing(overlay, opened)
         if (said.offset or said.size is not None) and recorded != "raw":
-            raise UnsupportedImage(overlay.path, "its json: name is not supported", "offset and size need the driver raw")
+            raise UnsupportedImage(
+                overlay.path, "its json: name is not supported", "offset and size need the driver raw"
+            )
         self._add_layer(opened, recorded)
 
     def _add_layer(self, opened: _Opened, image_format: str) -> None:
@@ -219,7 +225,9 @@ class _Opener:
         if not isinstance(header, qcow2.Header) or not header.external_data:
             return None
         if header.snapshots_count:
-            raise UnsupportedImage(opened.path, "internal snapshots with an external data file", "QEMU has no such images")
+            raise UnsupportedImage(
+                opened.path, "internal snapshots with an external data file", "QEMU has no such images"
+            )
         if header.data_file_raw and header.backing_name is not None:
             raise CorruptImage(opened.path, "a raw external data file", "with a backing file, which excludes it")
         if header.data_file_name is None:
@@ -247,7 +255,9 @@ class _Opener:
         found = _magic_format(data) or "raw"
         if isinstance(overlay.header, qcow2.Header):  # qcow version 1 has no place to record it
             path = printable(opened.path)
-            self.warnings.append(f"{printable(overlay.path)}: records no format of its backing file: {path} looks {found}")
+            self.warnings.append(
+                f"{printable(overlay.path)}: records no format of its backing file: {path} looks {found}"
+            )
         return found
 
     def _written_by_other(self, opened: _Opened) -> bool:

@@ -55,7 +55,9 @@ def parse(name: bytes, image: str) -> FileName:
     if not colon or "/" in protocol:
         return FileName(path=text)
     if protocol not in LOCAL_PROTOCOLS:
-        raise UnsupportedImage(image, f"it names {printable(text)}", f"the protocol {printable(protocol)} is not supported yet")
+        raise UnsupportedImage(
+            image, f"it names {printable(text)}", f"the protocol {printable(protocol)} is not supported yet"
+        )
     return FileName(path=rest, relative_to_image=False)
 
 
@@ -100,7 +102,9 @@ def _from_options(options: dict[str, Any], image: str) -> FileName:
     path = options.pop("file.filename", None)
     if not isinstance(path, str):
         raise CorruptImage(image, "bad json: name in the image", "no file.filename")
-    offset, size = (_number(options.pop(key, None), key, image) if driver == "raw" else None for key in ("offset", "size"))
+    offset, size = (
+        _number(options.pop(key, None), key, image) if driver == "raw" else None for key in ("offset", "size")
+    )
     if options:
         raise _unsupported(image, f"the option {printable(min(options))}")
     return FileName(path=path, relative_to_image=False, format=driver, offset=offset or 0, size=size)

@@ -71,7 +71,7 @@ class Point:
 
 
 def points(chain: Chain) -> tuple[Point, ...]:
-    """Return every point of `chain`: each layer's active state, then its snapshots in the table's order, from the top."""
+    """Return the points of `chain` from the top: each layer's active state, then its snapshots in the table's order."""
     found: list[Point] = []
     for layer in chain.layers:
         base_is_frozen = not any(below.written_by_other for below in chain.layers[layer.depth + 1 :])

@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             output.print_json(document(chain, sizes))
         else:
-            output.print_table(COLUMNS, [_row(name, point, sizes) for name, point in named_points(chain)], right=NUMBERS)
+            output.print_table(
+                COLUMNS, [_row(name, point, sizes) for name, point in named_points(chain)], right=NUMBERS
+            )
     return 0
 
 

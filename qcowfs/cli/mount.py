@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from qcowfs.chain import Chain
-
 import qcowfs.cli
 from qcowfs import daemon, mountoptions, mountpoint, snapshot
+from qcowfs.chain import Chain
 from qcowfs.cli import options as image_options
 from qcowfs.errors import FuseUnavailable, QcowfsError, UsageError, printable
 from qcowfs.mount import Session, check_fuse, notify_systemd

@@ -40,7 +40,9 @@ def find_point(chain: Chain, text: str) -> Point:
         if len(matches) == 1:
             return matches[0]
         if matches:
-            raise PointNotFound(chain.image, f"{printable(text)} means {len(matches)} points", "use a name of qcowfs list")
+            raise PointNotFound(
+                chain.image, f"{printable(text)} means {len(matches)} points", "use a name of qcowfs list"
+            )
     near = difflib.get_close_matches(text, [name for name, _ in named], 3)
     hint = f"did you mean {' or '.join(printable(name) for name in near)}?" if near else "qcowfs list shows the points"
     raise PointNotFound(chain.image, f"no point {printable(text)}", "not a name, an id or a snapshot's name", hint=hint)

@@ -141,10 +141,10 @@ class Machine:
             self._monitor.close()
 
     def _command_line(self, boot: bootimage.BootImage, monitor: int) -> list[str]:
-        command = ["setpriv", "--pdeathsig", "KILL", QEMU, "-accel", "tcg", "-m", str(self._memory)]
+        command = ["setpriv", "--pdeathsig", "KILL", QEMU, "-accel", "tcg", "-cpu", "max", "-m", str(self._memory)]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-kernel", str(boot.kernel), "-initrd", str(boot.initramfs)]
-        # random.trust_cpu: the guest's /dev/urandom is ready at once. panic=-1: a dead kernel ends QEMU.
+        # The CPU "max" has RDRAND; trusted, it makes the random numbers that mkfs waits for ready at once. panic=-1: a dead kernel ends QEMU.
         command += ["-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on"]
         command += ["-serial", f"file:{self._kernel_log}", "-serial", "stdio"]
         command += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"]

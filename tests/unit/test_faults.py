@@ -8,6 +8,8 @@ from qcowfs.errors import ReadFault
 from qcowfs.vfs import faults
 from qcowfs.vfs.faults import FaultLog
 
+pytestmark = pytest.mark.expect_warnings
+
 
 class Clock:
     """A clock that stands still until told otherwise."""

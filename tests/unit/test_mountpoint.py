@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -81,25 +82,16 @@ def test_a_mount_point_is_refused_unless_nonempty() -> None:
     assert mountpoint.check("/proc", nonempty=True) == "/proc"
 
 
+@pytest.mark.timeout(20)
 def test_holders_name_the_processes_that_are_inside(tmp_path: Path) -> None:
-    held = tmp_path / "held"
-    held.touch()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(writer)
-        with held.open():
-            os.read(reader, 1)
-        os._exit(0)
-    os.close(reader)
-    try:
-        while not (found := mountpoint.holders(Mount(str(tmp_path), "0:0", "x", "y"))):
-            pass
-    finally:
-        os.close(writer)
-        os.waitpid(child, 0)
+    (tmp_path / "held").touch()
+    with (tmp_path / "held").open() as held, subprocess.Popen(["sleep", "60"], stdin=held) as sleeper:
+        try:
+            found = mountpoint.holders(Mount(str(tmp_path), "0:0", "x", "y"))
+        finally:
+            sleeper.kill()
 
-    assert [name.split()[0] for name in found] == [str(child)]
+    assert found == [f"{sleeper.pid} (sleep)"]
 
 
 def test_a_directory_whose_name_only_begins_alike_holds_nobody(tmp_path: Path) -> None:

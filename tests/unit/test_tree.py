@@ -204,6 +204,7 @@ class TestReading:
 
         assert current.read(offset, length) == expected
 
+    @pytest.mark.expect_warnings
     def test_a_fault_is_raised_for_its_range_only_and_logged_once(self, caplog: pytest.LogCaptureFixture) -> None:
         tree = grown([active(), snapshot(b"s")], FakeDisks(broken={b"s": 1000}))
         damaged = file(tree, b"s.raw")
@@ -217,6 +218,7 @@ class TestReading:
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
         assert "s.raw: fake.qcow2: layer 0, guest offset 0x3e8: broken on purpose" in caplog.text
 
+    @pytest.mark.expect_warnings
     def test_a_point_that_cannot_be_read_is_listed_and_fails_at_open(self, caplog: pytest.LogCaptureFixture) -> None:
         tree = grown([active(), snapshot(b"bad"), snapshot(b"good", b"2")], FakeDisks(unreadable={b"bad"}))
         bad = file(tree, b"bad.raw")
