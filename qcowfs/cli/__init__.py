@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log_to_stderr(debug=debug)
     try:
         code = _run(words)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is where the caller closed descriptor 1
+            sys.stdout.flush()
         return code
     except QcowfsError as error:
         report(error)

@@ -11,13 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 import qcowfs.cli
 from qcowfs import daemon, mountoptions, mountpoint, snapshot
 from qcowfs.chain import Chain
 from qcowfs.cli import options as image_options
-from qcowfs.errors import FuseUnavailable, QcowfsError, UsageError, printable
+from qcowfs.errors import FuseUnavailable, UsageError, printable
 from qcowfs.mount import Session, check_fuse, notify_systemd
 from qcowfs.mountoptions import MountOptions
 from qcowfs.vfs.names import SUFFIX
@@ -26,10 +25,10 @@ from qcowfs.vfs.tree import ChainDisks, Tree
 HELP = "show every point in time of an image as a file"
 
 # mount(8), EXIT STATUS
-MOUNT_DONE = 0
 MOUNT_USAGE = 1
 MOUNT_SYSTEM = 2
 MOUNT_FAILED = 32
+MOUNT_CODES = {0: 0, UsageError.exit_code: MOUNT_USAGE, FuseUnavailable.exit_code: MOUNT_SYSTEM}
 
 logger = logging.getLogger("qcowfs.mount")
 
@@ -62,40 +61,30 @@ def run(args: argparse.Namespace) -> int:
 
 def run_bare(argv: Sequence[str]) -> int:
     """`qcowfs IMAGE MOUNTPOINT -o ...`: what mount.fuse3 runs for `mount -t fuse.qcowfs`, whose options say rw."""
-    parser = argparse.ArgumentParser(prog="qcowfs", usage="qcowfs IMAGE MOUNTPOINT [-o OPT[,OPT...]]")
+    parser = qcowfs.cli.Parser(prog="qcowfs", usage="qcowfs IMAGE MOUNTPOINT [-o OPT[,OPT...]]", allow_abbrev=False)
     configure(parser)
+    for hidden in ("--debug", "--fake", "--sloppy"):
+        parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    return _mount(args, mountoptions.parse(args.mount_options))
+    return _mount(args, mountoptions.parse(args.mount_options, sloppy=args.sloppy), fake=args.fake)
 
 
 def mount_helper(argv: Sequence[str] | None = None) -> int:
     """mount.qcowfs: what mount(8) runs for `mount -t qcowfs` and for fstab. Returns mount(8)'s exit codes."""
     try:
-        return _helped_mount(sys.argv[1:] if argv is None else argv)
-    except QcowfsError as error:
+        called = _helper_parser().parse_args(argv)
+    except UsageError as error:
         qcowfs.cli.report(error)
-        if isinstance(error, UsageError):
-            return MOUNT_USAGE
-        return MOUNT_SYSTEM if isinstance(error, FuseUnavailable) else MOUNT_FAILED
-
-
-def _helped_mount(argv: Sequence[str]) -> int:
-    called = _helper_parser().parse_args(argv)
-    parser = argparse.ArgumentParser()
-    configure(parser)
-    args = parser.parse_args(["--", called.image, called.mountpoint])
-    options = mountoptions.parse(called.mount_options, sloppy=called.sloppy)
-    return MOUNT_DONE if _mount(args, options, fake=called.fake) == 0 else MOUNT_FAILED
-
-
-class _HelperParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        return MOUNT_USAGE
+    # The path is made absolute, so that an image called "list" is not taken for a verb.
+    words = [os.path.abspath(called.image), called.mountpoint, *(f"-o{text}" for text in called.mount_options)]
+    words += [f"--{word}" for word in ("fake", "sloppy") if getattr(called, word)]
+    return MOUNT_CODES.get(qcowfs.cli.main(words), MOUNT_FAILED)
 
 
 def _helper_parser() -> argparse.ArgumentParser:
     """Return the parser of the arguments that mount(8) documents for its helpers."""
-    parser = _HelperParser(prog="mount.qcowfs", description="the helper of mount(8) for type qcowfs")
+    parser = qcowfs.cli.Parser(prog="mount.qcowfs", description="the helper of mount(8) for type qcowfs")
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("-o", dest="mount_options", metavar="OPT[,OPT...]", action="append", default=[])
@@ -175,6 +164,6 @@ def _serve_here(session: Session, args: argparse.Namespace, tree: Tree, log: log
 
 
 def _say_mounted(args: argparse.Namespace, tree: Tree, how_to_end: str) -> None:
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():  # None: the caller closed descriptor 1
         count = f"{len(tree.shown)} point{'' if len(tree.shown) == 1 else 's'}"
         print(f"mounted {printable(args.image)} on {printable(args.mountpoint)} ({count}); {how_to_end}", flush=True)

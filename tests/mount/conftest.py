@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qcowfs import mountpoint
-from tests.mount.images import Story, make_story
+from tests.mount.images import Story, make_image, make_story
 from tests.support import need
 from tests.support.mounts import force_unmount, need_fuse
 
@@ -22,11 +22,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    """Return a small raw image, for tests that are not about images."""
-    image = tmp_path / "disk.raw"
-    image.write_bytes(bytes(range(256)) * 4096)
-    return image
+def image(tmp_path: Path) -> Path:
+    """Return a small image that holds CONTENT, for tests that are not about images."""
+    need("qemu-img")
+    return make_image(tmp_path / "disk.qcow2")
 
 
 @pytest.fixture

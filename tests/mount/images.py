@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.support.mounts import qemu
 
 MIB = 1 << 20
+CONTENT = bytes(range(256)) * 4096
 AWKWARD = [b"before-upgrade", b"two/../x y", b"one", b"one", b"2", b"\xff\xfe", b"latest"]  # R56
 
 
@@ -41,6 +42,15 @@ class Story:
     image: Path
     expected: tuple[Expected, ...]
     latest: str
+
+
+def make_image(path: Path) -> Path:
+    """Make an image that holds CONTENT and nothing else."""
+    raw = path.with_name("content.raw")
+    raw.write_bytes(CONTENT)
+    qemu("qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", raw, path)
+    raw.unlink()
+    return path
 
 
 def make_story(folder: Path) -> Story:

@@ -5,12 +5,14 @@ The daemon writes the stacks of its threads to a file on SIGUSR1, and a test tha
 
 from __future__ import annotations
 
+import functools
 import os
 import pwd
 import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from qcowfs import mountpoint
-from tests.support import need
+from tests.support import lacking, need
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 20.0  # seconds; far more than anything here takes on a busy machine
@@ -28,27 +30,14 @@ PATIENCE = 20.0  # seconds; far more than anything here takes on a busy machine
 # What a console script does, plus the stacks on SIGUSR1. `qcowfs` may or may not be installed.
 LAUNCHER = """
 import faulthandler, os, signal, sys
-sys.path.insert(0, {repository!r})
+sys.path[:0] = {path!r}
 stacks = os.environ.get("QCOWFS_TEST_STACKS")
 if stacks:
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)
 from {module} import {function}
 sys.exit({function}())
 """
-
-
-def launcher(module: str = "qcowfs.cli", function: str = "main") -> list[str]:
-    """Return the command that runs an entry point of this checkout."""
-    code = LAUNCHER.format(repository=str(REPOSITORY), module=module, function=function)
-    return [sys.executable, "-c", code]
-
-
-def script(path: Path, module: str = "qcowfs.cli", function: str = "main") -> Path:
-    """Write an executable at `path` that runs an entry point of this checkout, as pip installs one."""
-    code = LAUNCHER.format(repository=str(REPOSITORY), module=module, function=function)
-    path.write_text(f"#!{sys.executable}\n{code}")
-    path.chmod(0o755)
-    return path
+IMPORTABLE = [str(REPOSITORY), sysconfig.get_path("platlib")]
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,7 @@ class Person:
     name: str
     uid: int
     gid: int
+    home: str
 
     @property
     def is_me(self) -> bool:
@@ -67,6 +57,10 @@ class Person:
         """Return what Popen needs to become this person."""
         return {} if self.is_me else {"user": self.uid, "group": self.gid, "extra_groups": []}
 
+    def environment(self, more: dict[str, str] | None = None) -> dict[str, str]:
+        """Return this process's environment with this person's home, and `more`."""
+        return {**os.environ, **({} if self.is_me else {"HOME": self.home}), **(more or {})}
+
     def own(self, path: Path) -> Path:
         """Give `path` to this person."""
         if not self.is_me:
@@ -74,22 +68,56 @@ class Person:
         return path
 
 
+def launcher(person: Person | None = None) -> list[str]:
+    """Return the command that is `qcowfs` of this checkout, for `person`."""
+    code = LAUNCHER.format(path=IMPORTABLE, module="qcowfs.cli", function="main")
+    return [interpreter(person or me()), "-c", code]
+
+
+def script(path: Path, module: str = "qcowfs.cli", function: str = "main") -> Path:
+    """Write an executable at `path` that runs an entry point of this checkout, as pip installs one."""
+    code = LAUNCHER.format(path=IMPORTABLE, module=module, function=function)
+    path.write_text(f"#!{interpreter(me())}\n{code}")
+    path.chmod(0o755)
+    return path
+
+
+@functools.cache
+def interpreter(person: Person) -> str:
+    """Return a Python that `person` can run, this one or the system's; "" if there is none.
+
+    Root's Python may lie in root's home. The compiled modules fit every Python of the same version.
+    """
+    if person.is_me:
+        return sys.executable
+    code = f"import sys; sys.path[:0] = {IMPORTABLE!r}; import pyfuse3, qcowfs._core"
+    for program in (sys.executable, f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"):
+        with suppress(OSError):
+            tried = subprocess.run([program, "-c", code], capture_output=True, **person.popen_arguments())  # type: ignore[call-overload]
+            if tried.returncode == 0:
+                return program
+    return ""
+
+
 def me() -> Person:
     """Return who runs the tests."""
-    return Person(pwd.getpwuid(os.geteuid()).pw_name, os.geteuid(), os.getegid())
+    return _person(pwd.getpwuid(os.geteuid()))
+
+
+def _person(entry: pwd.struct_passwd) -> Person:
+    return Person(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
 
 
 def ordinary_user() -> Person:
     """Return an ordinary user who can run the checkout and FUSE: who runs the tests, or nobody. Skips without one."""
     need("fusermount3")
+    if os.stat("/dev/fuse").st_mode & 0o006 != 0o006:
+        lacking("/dev/fuse: not for ordinary users; `make setup` gives it mode 0666, as udev does")
     if os.geteuid() != 0:
         return me()
-    entry = pwd.getpwnam("nobody")
-    person = Person(entry.pw_name, entry.pw_uid, entry.pw_gid)
-    code = f"import sys, os; sys.path.insert(0, {str(REPOSITORY)!r}); import qcowfs; os.close(os.open('/dev/fuse', 2))"
-    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **person.popen_arguments())  # type: ignore[call-overload]
-    if tried.returncode != 0:
-        need("an-ordinary-user-who-may-use-the-checkout-and-/dev/fuse")
+    person = _person(pwd.getpwnam("nobody"))
+    if not interpreter(person):
+        lacking(f"the user {person.name} cannot run any Python that can import this checkout")
     return person
 
 
@@ -97,7 +125,7 @@ def need_fuse() -> None:
     """Skip unless this machine can make FUSE mounts."""
     need("fusermount3")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        need("access-to-/dev/fuse")
+        lacking("/dev/fuse: missing, or not for this user")
 
 
 def call(
@@ -108,7 +136,7 @@ def call(
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `qcowfs ARGUMENTS` to its end and return what it said; standard input is empty."""
-    words = [*(command or launcher()), *map(str, arguments)]
+    words = [*(command or launcher(person)), *map(str, arguments)]
     return subprocess.run(  # type: ignore[call-overload, no-any-return]
         words,
         stdin=subprocess.DEVNULL,
@@ -116,7 +144,7 @@ def call(
         text=True,
         errors="surrogateescape",
         timeout=PATIENCE,
-        env={**os.environ, **(env or {})},
+        env=(person or me()).environment(env),
         cwd=cwd,
         **(person or me()).popen_arguments(),
     )
@@ -175,7 +203,7 @@ class Mounted:
             return os.getxattr(self.path, attribute)
         code = "import os, sys; sys.stdout.buffer.write(os.getxattr(sys.argv[1], sys.argv[2]))"
         done = subprocess.run(
-            [sys.executable, "-c", code, str(self.path), attribute],
+            [interpreter(self.person), "-c", code, str(self.path), attribute],
             check=True,
             capture_output=True,
             **self.person.popen_arguments(),  # type: ignore[call-overload]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shlex
 import socket
 import subprocess
 import time
@@ -52,12 +53,13 @@ class Machine:
         events: the QMP events that came so far, oldest first.
     """
 
-    def __init__(self, disks: Sequence[Path | str], *, logs: Path, memory: int = 256) -> None:
-        """`logs`: directory for what the kernel and QEMU print. `memory` in MiB."""
+    def __init__(self, disks: Sequence[Path | str], *, directory: Path, memory: int = 256) -> None:
+        """`directory`: where QEMU runs, with relative names beginning there, and leaves its logs. `memory` in MiB."""
         self.disks = tuple(disks)
         self.events: list[dict[str, Any]] = []
-        self._kernel_log = logs / "guest-kernel.log"
-        self._qemu_log = logs / "qemu.log"
+        self._directory = directory
+        self._kernel_log = directory / "guest-kernel.log"
+        self._qemu_log = directory / "qemu.log"
         self._memory = memory
         self._process: subprocess.Popen[bytes] | None = None
         self._console: Lines | None = None
@@ -71,17 +73,23 @@ class Machine:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()
 
+    @property
+    def shown_command(self) -> str:
+        """The command line of QEMU, for a person to read."""
+        return shlex.join(self._qemu_words(bootimage.prepare(), monitor="3"))
+
     def start(self) -> None:
         """Boot, and return when the guest takes commands."""
         boot = bootimage.prepare()
         ours, qemus = socket.socketpair()
         with qemus, self._qemu_log.open("wb") as errors:
             self._process = subprocess.Popen(
-                self._command_line(boot, qemus.fileno()),
+                ["setpriv", "--pdeathsig", "KILL", *self._qemu_words(boot, str(qemus.fileno()))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 pass_fds=[qemus.fileno()],
+                cwd=self._directory,
                 start_new_session=True,  # Ctrl-C is ours to handle, not the guest's
             )
         assert self._process.stdout is not None
@@ -140,13 +148,13 @@ class Machine:
         if self._monitor is not None:
             self._monitor.close()
 
-    def _command_line(self, boot: bootimage.BootImage, monitor: int) -> list[str]:
-        command = ["setpriv", "--pdeathsig", "KILL", QEMU, "-accel", "tcg", "-cpu", "max", "-m", str(self._memory)]
+    def _qemu_words(self, boot: bootimage.BootImage, monitor: str) -> list[str]:
+        command = [QEMU, "-accel", "tcg", "-cpu", "max", "-m", str(self._memory)]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-kernel", str(boot.kernel), "-initrd", str(boot.initramfs)]
         # The CPU "max" has RDRAND; trusted, it makes the random numbers that mkfs waits for ready at once. panic=-1: a dead kernel ends QEMU.
         command += ["-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on"]
-        command += ["-serial", f"file:{self._kernel_log}", "-serial", "stdio"]
+        command += ["-serial", f"file:{self._kernel_log.name}", "-serial", "stdio"]
         command += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"]
         for number, disk in enumerate(self.disks):
             path = str(disk).replace(",", ",,")

@@ -1,0 +1,95 @@
+# The front door. `make help` says what each target is for; `make demo` and `make test` need nothing before them.
+
+PROGRAMS := .venv/bin
+JOBS ?= $(shell nproc)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI,KEEP,SEED)
+MODULES := $(wildcard qcowfs/_*.pyx)
+COMPILED_FROM := $(MODULES) $(wildcard qcowfs/*.pxd qcowfs/clib/*.pxd)
+PYTHON_CODE := qcowfs tests demo bench tools
+
+# What Cython makes is free of these warnings, so one of them is a mistake in a .pyx; in CI it is an error.
+WARNINGS := -Wall -Wextra -Wconversion -Wsign-compare $(if $(CI),-Werror)
+# setuptools says "experimental" of [tool.setuptools.ext-modules] at every call.
+export PYTHONWARNINGS = ignore::UserWarning:setuptools.config.pyprojecttoml
+export PYTHONDONTWRITEBYTECODE = 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help:  ## say what each target is for
+	@printf 'qcowfs: every snapshot in a qcow2 disk image, side by side, as read-only raw disks\n\n'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup:  ## install what is missing on this machine, from Debian (as root, or with sudo)
+	@tools/setup
+
+.venv/complete: pyproject.toml tools/venv
+	@tools/venv
+
+.PHONY: build
+build: setup .venv/complete build/compiled  ## compile the Cython modules in place, those that changed
+
+build/compiled: $(COMPILED_FROM) .venv/complete
+	@mkdir -p build
+	CFLAGS="$(WARNINGS) $(CFLAGS)" $(PROGRAMS)/cythonize --quiet --inplace --parallel $(JOBS) $(MODULES)
+	@touch $@
+
+.PHONY: demo
+demo: build vm  ## the whole story on a real virtual machine, in about a minute; KEEP=1 leaves it mounted
+	@PATH="$(CURDIR)/$(PROGRAMS):$$PATH" $(PROGRAMS)/python -m demo.story $(if $(KEEP),--keep)
+
+.PHONY: test
+test: build vm  ## every test: units, against QEMU, hostile images, real mounts, a real virtual machine
+	$(AS_ROOT) $(PROGRAMS)/python -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
+
+.PHONY: quick
+quick: build  ## the tests that take seconds and need no root
+	$(PROGRAMS)/python -m pytest -n $(JOBS) -m "not slow" tests/unit tests/meta $(TESTS)
+
+.PHONY: vm
+vm: setup .venv/complete  ## get the kernel that the tests' virtual machine boots (30 MB, once)
+	@$(PROGRAMS)/python -m tests.support.bootimage
+
+.PHONY: lint
+lint: build types  ## style, formatting and types of Python and Cython, and the man pages' syntax
+	$(PROGRAMS)/ruff check $(PYTHON_CODE)
+	$(PROGRAMS)/ruff format --check $(PYTHON_CODE)
+	$(PROGRAMS)/cython-lint qcowfs
+	mandoc -T lint -W warning man/*.[178]
+
+.PHONY: types
+types: build  ## check the types alone
+	$(PROGRAMS)/mypy
+
+.PHONY: format
+format: .venv/complete  ## put the Python code into the form that `make lint` wants
+	$(PROGRAMS)/ruff check --fix $(PYTHON_CODE)
+	$(PROGRAMS)/ruff format $(PYTHON_CODE)
+
+.PHONY: annotate
+annotate: setup .venv/complete  ## build/annotate/*.html: which lines of Cython call into Python, and are slow for it
+	@tools/annotate
+
+.PHONY: coverage
+coverage: build vm  ## which lines the tests reach, in Python and in Cython (build/coverage/html)
+	@$(AS_ROOT) tools/coverage $(TESTS)
+
+.PHONY: bench
+bench: build  ## figures against qemu-storage-daemon's FUSE export, as a Markdown table
+	@$(AS_ROOT) $(PROGRAMS)/python -m bench $(BENCH)
+
+.PHONY: man
+man:  ## read the man pages without installing them
+	@for page in man/*.[178]; do man -l "$$page"; done
+
+.PHONY: completion
+completion: build  ## write completion/, for bash and zsh, from the command line's own parser
+	@$(PROGRAMS)/python tools/completion.py
+
+.PHONY: clean
+clean:  ## remove everything that make made, but for what `make setup` installed
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -f $(MODULES:.pyx=.c) qcowfs/_*.so
+	find qcowfs tests demo bench -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,188 @@
+"""The story that qcowfs is for, on a real virtual machine: a file is deleted, and read back from before its deletion.
+
+`make demo` prints it as a transcript; tests/e2e/test_story.py holds the same story to QEMU's and the kernel's answers.
+One thread. Whatever goes wrong, mounts, QEMU and files are gone afterwards; `--keep` leaves the mounts to play with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from demo.transcript import StoryFailed, Transcript
+from tests.support.bootimage import BootImageError
+from tests.support.vm import Machine, MachineError
+
+DATA1_MIB = 100
+DATA2_MIB = 20
+SNAPSHOT = "after-the-deletion"
+
+
+class Story:
+    """The story in four acts, to be called in order, in a directory of its own.
+
+    Attributes:
+        checksum: SHA-256 of data1.dat as the guest printed it.
+        points: the directory on which the image is mounted.
+        files: the directory on which a file system inside a point is mounted.
+    """
+
+    def __init__(self, directory: Path, transcript: Transcript) -> None:
+        self.checksum = ""
+        self.points = directory / "points"
+        self.files = directory / "files"
+        self._directory = directory
+        self._tell = transcript
+
+    def make_images(self) -> None:
+        """Act 1: a virtual machine writes, is snapshotted while it runs, deletes, and stops."""
+        tell = self._tell
+        tell.say("A virtual machine gets a disk: data.qcow2.")
+        tell.host("qemu-img", "create", "-f", "qcow2", "data.qcow2", "1G")
+        with Machine(["data.qcow2"], directory=self._directory) as machine:
+            tell.show("$", f"{machine.shown_command} &")
+            self._write_data1(machine)
+            self._snapshot_outside(machine)
+            self._delete_data1(machine)
+            tell.show("guest#", "poweroff")
+            machine.poweroff()
+        tell.say("The machine is off. One more snapshot, this time inside the image.")
+        tell.host("qemu-img", "snapshot", "-c", SNAPSHOT, "snapshot_test.img")
+
+    def mount(self) -> None:
+        """Act 2: every point in time that the image and its backing file hold becomes a file."""
+        tell = self._tell
+        tell.say("Which points in time does the image hold?")
+        tell.host("qcowfs", "list", "snapshot_test.img")
+        tell.say("Mount it: each of them is a raw disk.")
+        tell.host("mkdir", self.points.name, self.files.name)
+        tell.root("qcowfs", "mount", "snapshot_test.img", self.points.name)
+        tell.root("ls", "-l", self.points.name)
+
+    def restore(self) -> None:
+        """Act 3: read the deleted file from the disk as it was before."""
+        tell = self._tell
+        tell.say(
+            "data.raw is the disk as it was when the snapshot was taken. The guest had it mounted then, so its journal "
+            "is not empty: noload tells the kernel to leave that alone."
+        )
+        tell.root("mount", "-o", "ro,loop,noload", f"{self.points.name}/data.raw", self.files.name)
+        tell.root("ls", "-l", self.files.name)
+        tell.root("cp", f"{self.files.name}/data1.dat", "restored.dat")
+        restored = _checksum(tell.root("sha256sum", "restored.dat"))
+        if restored != self.checksum:
+            raise StoryFailed(f"the guest wrote {self.checksum} and {restored} came back")
+        tell.say("The same checksum as in the guest, before it deleted the file.")
+
+    def compare(self) -> None:
+        """Act 4: what other tools say of the points."""
+        tell = self._tell
+        tell.say("Any tool that reads raw disks can compare points; QEMU agrees with what they hold.")
+        tell.root("cmp", f"{self.points.name}/current.raw", f"{self.points.name}/{SNAPSHOT}.raw")
+        tell.root("cmp", f"{self.points.name}/current.raw", f"{self.points.name}/data.raw", status=1)
+        tell.root("qemu-img", "compare", "-f", "raw", "-F", "qcow2", f"{self.points.name}/data.raw", "data.qcow2")
+
+    def unmount(self) -> None:
+        """The end: nothing is left mounted."""
+        self._tell.say("Done.")
+        self._tell.root("umount", self.files.name)
+        self._tell.root("qcowfs", "umount", self.points.name)
+
+    def clean_up(self) -> None:
+        """Unmount what a story that broke off has left mounted."""
+        for path in (self.files, self.points):
+            while os.path.ismount(path):
+                subprocess.run([*_as_root(), "umount", "--lazy", path], check=True, timeout=30)
+
+    def _write_data1(self, machine: Machine) -> None:
+        tell = self._tell
+        tell.say(f"The guest formats its disk and writes {DATA1_MIB} MiB.")
+        tell.guest(machine, "mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt")
+        tell.guest(machine, f"dd if=/dev/urandom of=/mnt/data1.dat bs=1M count={DATA1_MIB}")
+        self.checksum = _checksum(tell.guest(machine, "sha256sum /mnt/data1.dat && sync"))
+
+    def _snapshot_outside(self, machine: Machine) -> None:
+        tell = self._tell
+        tell.say("While it runs, QEMU is told to put what comes from now on into a new image, snapshot_test.img.")
+        device = _device_of(tell.qmp(machine, "query-block"), "data.qcow2")
+        arguments = {"device": device, "snapshot-file": "snapshot_test.img", "format": "qcow2"}
+        tell.qmp(machine, "blockdev-snapshot-sync", **arguments)
+
+    def _delete_data1(self, machine: Machine) -> None:
+        tell = self._tell
+        tell.say("Then the guest deletes the file, and writes another.")
+        tell.guest(machine, f"rm /mnt/data1.dat && dd if=/dev/urandom of=/mnt/data2.dat bs=1M count={DATA2_MIB}")
+        tell.guest(machine, "sync && ls -l /mnt")
+
+
+def _device_of(blocks: list[dict[str, Any]], image: str) -> str:
+    """Return which device of QMP's query-block has `image`."""
+    for block in blocks:
+        if block.get("inserted", {}).get("file", "").endswith(image):
+            return str(block["device"])
+    raise StoryFailed(f"query-block knows no device with {image}")
+
+
+def _checksum(output: str) -> str:
+    return output.split()[0]
+
+
+def _as_root() -> tuple[str, ...]:
+    return () if os.geteuid() == 0 else ("sudo",)
+
+
+def _tell_all(story: Story, keep: bool) -> None:
+    story.make_images()
+    story.mount()
+    story.restore()
+    story.compare()
+    if not keep:
+        story.unmount()
+
+
+def _stop(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def main() -> int:
+    """Tell the story; return 0 only if everything was as it says."""
+    parser = argparse.ArgumentParser(prog="make demo", description="qcowfs on a real virtual machine")
+    parser.add_argument("--keep", action="store_true", help="leave the mounts, to play with")
+    keep = parser.parse_args().keep
+    signal.signal(signal.SIGTERM, _stop)
+    with ExitStack() as cleaning:
+        directory = Path(tempfile.mkdtemp(prefix="qcowfs-demo-"))
+        cleaning.callback(shutil.rmtree, directory)
+        transcript = Transcript(directory)
+        story = Story(directory, transcript)
+        cleaning.callback(story.clean_up)
+        transcript.show("$", f"cd {directory}")
+        try:
+            _tell_all(story, keep)
+        except (StoryFailed, MachineError, BootImageError, subprocess.SubprocessError) as error:
+            print(f"\ndemo: FAILED: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        if keep:
+            cleaning.pop_all()
+            _say_how_to_end(directory)
+    return 0
+
+
+def _say_how_to_end(directory: Path) -> None:
+    sudo = " ".join(_as_root())
+    print(f"\n# Still mounted: {directory}/points, and {directory}/files with the file system of data.raw.")
+    print(f"# To end it: {sudo} umount {directory}/files {directory}/points && rm -r {directory}".replace(":  ", ": "))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""A transcript: every command that is shown is the one that ran, with what it said. Used by story.py and its test."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, TextIO
+
+from tests.support.vm import Machine
+
+COMMAND_SECONDS = 60.0
+WIDTH = 110
+
+
+class StoryFailed(Exception):
+    """Something was not as the story tells it."""
+
+
+class Transcript:
+    """Runs commands on the host, in the guest and on QMP, and prints them. `out` None prints nothing."""
+
+    def __init__(self, directory: Path, out: TextIO | None = sys.stdout) -> None:
+        self._directory = directory
+        self._out = out
+
+    def say(self, text: str) -> None:
+        """Print a paragraph for the reader."""
+        self._print("\n" + textwrap.fill(text, WIDTH, initial_indent="# ", subsequent_indent="# "))
+
+    def show(self, prompt: str, command: str) -> None:
+        """Print a command that somebody else runs."""
+        lines = textwrap.wrap(f"{prompt} {command}", WIDTH, subsequent_indent="      ", break_on_hyphens=False)
+        self._print(" \\\n".join(lines))
+
+    def host(self, *words: str, status: int = 0) -> str:
+        """Run a command in the story's directory; anything but exit status `status` ends the story."""
+        self.show("$", shlex.join(words))
+        done = subprocess.run(
+            words,
+            cwd=self._directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=COMMAND_SECONDS,
+        )
+        self._output(done.stdout)
+        if done.returncode != status:
+            raise StoryFailed(f"{shlex.join(words)}: exit status {done.returncode} instead of {status}: {done.stdout}")
+        return done.stdout
+
+    def root(self, *words: str, status: int = 0) -> str:
+        """Run a command as root: through sudo, if we are not."""
+        if os.geteuid() == 0:
+            return self.host(*words, status=status)
+        # sudo looks for programs in its own PATH, where a .venv is not.
+        return self.host("sudo", shutil.which(words[0]) or words[0], *words[1:], status=status)
+
+    def guest(self, machine: Machine, command: str) -> str:
+        """Run a command in the guest."""
+        self.show("guest#", command)
+        output = machine.run(command)
+        self._output(output)
+        return output
+
+    def qmp(self, machine: Machine, command: str, **arguments: Any) -> Any:
+        """Run a QMP command."""
+        asked = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        self.show("QMP ->", json.dumps(asked))
+        answer = machine.qmp(command, **arguments)
+        self._output(f"QMP <- {textwrap.shorten(json.dumps(answer), 200, placeholder=' ...')}")
+        return answer
+
+    def _output(self, text: str) -> None:
+        if text.strip():
+            self._print(text.rstrip("\n"))
+
+    def _print(self, text: str) -> None:
+        if self._out is not None:
+            print(text, file=self._out, flush=True)
