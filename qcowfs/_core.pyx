@@ -30,6 +30,7 @@ from qcowfs._tables cimport (
 from qcowfs.errors import ReadFault
 
 cdef enum:
+    SECTOR_SIZE = 512
     STREAM_IS_BAD = -1  # an abandoned cluster's failure; errno values are positive
 
 RULES = {
@@ -284,7 +285,8 @@ cdef int read_normal(
         return fail(fault, layer, RULE_READ_FAILED, <int>-got, offset, resolved.mapping.host_offset)
     if <uint64_t>got < length:  # QEMU reads zeros past the end of a file too
         memset(buffer + got, 0, length - <uint64_t>got)
-        disk.past_end = layer
+        if layer.kind != LAYER_RAW or length - <uint64_t>got >= SECTOR_SIZE:  # a raw disk ends with a whole sector
+            disk.past_end = layer
     return 0
 
 

@@ -44,7 +44,9 @@ def test_every_point_is_what_qemu_reads(tmp_path: Path, seed: int) -> None:
 def _compare(chain: Chain, point: Point, made: MadeImage, replay: str) -> None:
     layer = made.layers[point.depth]
     try:
-        expected = convert(layer.path, layer.format) if point.entry is None else reverted(layer.path, point.entry.ordinal)
+        expected = (
+            convert(layer.path, layer.format) if point.entry is None else reverted(layer.path, point.entry.ordinal)
+        )
     except NotImplementedError:
         return
     disk = open_point(chain, point)
