@@ -99,7 +99,7 @@ class Story:
     def clean_up(self) -> None:
         """Unmount what a story that broke off has left mounted."""
         for path in (self.files, self.points):
-            while os.path.ismount(path):
+            if f" {path} " in Path("/proc/self/mounts").read_text():  # to ask the mount itself could wait for ever
                 subprocess.run([*_as_root(), "umount", "--lazy", path], check=True, timeout=30)
 
     def _write_data1(self, machine: Machine) -> None:
@@ -112,7 +112,7 @@ class Story:
     def _snapshot_outside(self, machine: Machine) -> None:
         tell = self._tell
         tell.say("While it runs, QEMU is told to put what comes from now on into a new image, snapshot_test.img.")
-        device = _device_of(tell.qmp(machine, "query-block"), "data.qcow2")
+        device = _device_of(tell.qmp(machine, "query-block", _without_details), "data.qcow2")
         arguments = {"device": device, "snapshot-file": "snapshot_test.img", "format": "qcow2"}
         tell.qmp(machine, "blockdev-snapshot-sync", **arguments)
 
@@ -121,6 +121,13 @@ class Story:
         tell.say("Then the guest deletes the file, and writes another.")
         tell.guest(machine, f"rm /mnt/data1.dat && dd if=/dev/urandom of=/mnt/data2.dat bs=1M count={DATA2_MIB}")
         tell.guest(machine, "sync && ls -l /mnt")
+
+
+def _without_details(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"device": block["device"], "inserted": {name: block["inserted"][name] for name in ("drv", "file")}}
+        for block in blocks
+    ]
 
 
 def _device_of(blocks: list[dict[str, Any]], image: str) -> str:

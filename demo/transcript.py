@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,12 +70,12 @@ class Transcript:
         self._output(output)
         return output
 
-    def qmp(self, machine: Machine, command: str, **arguments: Any) -> Any:
-        """Run a QMP command."""
+    def qmp(self, machine: Machine, command: str, shown: Callable[[Any], Any] | None = None, **arguments: Any) -> Any:
+        """Run a QMP command; `shown` shortens its answer for the reader."""
         asked = {"execute": command} | ({"arguments": arguments} if arguments else {})
         self.show("QMP ->", json.dumps(asked))
         answer = machine.qmp(command, **arguments)
-        self._output(f"QMP <- {textwrap.shorten(json.dumps(answer), 200, placeholder=' ...')}")
+        self._output(f"QMP <- {json.dumps(shown(answer))}   (shortened)" if shown else f"QMP <- {json.dumps(answer)}")
         return answer
 
     def _output(self, text: str) -> None:

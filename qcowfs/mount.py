@@ -148,7 +148,7 @@ class Session:
                 pyfuse3.init(Operations(self._tree, self._occupied), self._directory, self._fuse_options())
             except RuntimeError as error:
                 raise _refusal(self._directory, said()) from error
-        mount = mountpoint.find(self._directory)
+        mount = mountpoint.uppermost(self._directory)
         self._device = mount.device if mount else None
 
     def _fuse_options(self) -> set[str]:
@@ -214,7 +214,7 @@ class Session:
     def _detach(self) -> None:
         """Take the mount out of the tree, wherever it was moved; but never one that lies over it."""
         path = next((mount.path for mount in mountpoint.mounts() if mount.device == self._device), None)
-        uppermost = mountpoint.find(path) if path else None
+        uppermost = mountpoint.uppermost(path) if path else None
         if path and uppermost and uppermost.device == self._device:
             mountpoint.unmount(path, lazy=True)
             self._gone = True

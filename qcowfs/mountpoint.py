@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from qcowfs.errors import FuseUnavailable, MountpointError
 
-__all__ = ["TYPE", "Mount", "check", "find", "fusermount", "holders", "mounts", "real", "unmount"]
+__all__ = ["TYPE", "Mount", "check", "find", "fusermount", "holders", "mounts", "real", "unmount", "uppermost"]
 
 TYPE = "fuse.qcowfs"
 FUSERMOUNT = "fusermount3"
@@ -72,9 +72,16 @@ def real(path: str) -> str:
 
 
 def find(path: str) -> Mount | None:
-    """Return the uppermost mount at exactly `path`, None if there is none."""
-    wanted = real(path)
-    return next((mount for mount in reversed(list(mounts())) if mount.path == wanted), None)
+    """Return the uppermost mount at exactly `path`, None if there is none.
+
+    Making the path real may ask the file system that is mounted there: not for the thread that has to answer.
+    """
+    return uppermost(real(path))
+
+
+def uppermost(path: str) -> Mount | None:
+    """Return the uppermost mount at `path`, a real path, None if there is none. Asks only the kernel's table."""
+    return next((mount for mount in reversed(list(mounts())) if mount.path == path), None)
 
 
 def check(path: str, *, nonempty: bool = False) -> str:

@@ -85,7 +85,7 @@ def no_unexpected_warning(request: pytest.FixtureRequest) -> Iterator[None]:
     logger.handlers[:], logger.propagate = before[:2]
     logger.setLevel(before[2])
     if request.node.get_closest_marker("expect_warnings") is None:
-        assert [] == logged
+        assert logged == []
 
 
 @pytest.hookimpl(trylast=True)

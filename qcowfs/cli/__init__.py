@@ -54,7 +54,8 @@ class _LineFormatter(logging.Formatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    # Not list(...): once the verb is imported, that name is the module qcowfs.cli.list here.
+    words = [*(sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in words
     _log_to_stderr(debug=debug)
     try:
@@ -120,9 +121,9 @@ def _run(words: list[str]) -> int:
     if verb is None or verb in VERBS:
         args = build_parser((verb,) if verb else VERBS).parse_args(words)
         return int(_module(args.verb).run(args))
-    if _looks_like_mount(words, verb):
-        return int(_module("mount").run_bare(words))
     near = difflib.get_close_matches(verb, VERBS, 1)
+    if _looks_like_mount(words, verb) and (not near or os.path.exists(verb)):
+        return int(_module("mount").run_bare(words))
     hint = f"did you mean '{near[0]}'?" if near else f"verbs are {', '.join(VERBS)}"
     raise UsageError(f"'{printable(verb)}' is not a verb of qcowfs", hint=hint)
 

@@ -82,8 +82,12 @@ def _print_table(chain: Chain, found: Iterator[Extent]) -> None:
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
     for extent in found:
         if extent.data:
-            mapped = "compressed" if extent.offset is None else f"{extent.offset:#x}"
-            print(f"{extent.start:<#16x}{extent.length:<#16x}{mapped:<16}{printable(_file(chain, extent))}")
+            mapped = "compressed" if extent.offset is None else _hex(extent.offset)
+            print(f"{_hex(extent.start):<16}{_hex(extent.length):<16}{mapped:<16}{printable(_file(chain, extent))}")
+
+
+def _hex(number: int) -> str:
+    return f"{number:#x}" if number else "0"  # as C's %#x, which qemu-img map uses
 
 
 def _file(chain: Chain, extent: Extent) -> str:

@@ -227,7 +227,9 @@ def test_r25_a_stream_without_its_end_is_right_if_the_cluster_is_full(image: Pat
     tables = Tables(image)
     compressor = zlib.compressobj(9, zlib.DEFLATED, -12)
     stream = compressor.compress(b"\x48" * CLUSTER) + compressor.flush(zlib.Z_SYNC_FLUSH)
-    padding = -len(stream) % 512  # before it: what follows a stream in its last sector would be taken for its next block
+    padding = (
+        -len(stream) % 512
+    )  # before it: what follows a stream in its last sector would be taken for its next block
     tables.l2(BAD, tables.compressed(tables.append(bytes(padding) + stream) + padding, len(stream)))
 
     check(image, b"\x48" * CLUSTER)

@@ -85,4 +85,4 @@ def test_a_clean_run_removes_its_directory(tmp_path: Path) -> None:
     done = run_pytest(tmp_path, "def test(tmp_path): (tmp_path / 'file').touch()\n")
 
     assert done.returncode == 0, done.stdout
-    assert [] == list(tmp_path.glob("qcowfs-tests-*"))
+    assert list(tmp_path.glob("qcowfs-tests-*")) == []

@@ -1,8 +1,8 @@
 """The kernel and the initramfs that the tests' virtual machine boots, made once and kept under build/vm.
 
 Used by vm.py and by `make vm`. The kernel is Debian's cloud kernel, downloaded and unpacked but not installed; the
-initramfs holds busybox, mkfs.ext4, the virtio modules and an init that runs commands from the second serial port. Several
-processes may ask at once: a file lock lets one of them make it.
+initramfs holds busybox, mkfs.ext4, the virtio modules and an init that runs commands from the second serial port.
+Several processes may ask at once: a file lock lets one of them make it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DOWNLOAD_SECONDS = 300
 
 INIT = """\
 #!/bin/busybox sh
-# Commands come in as lines on the second serial port, so that what the kernel prints on the first never mixes with them.
+# Commands come in as lines on the second serial port, so that they never mix with what the kernel prints on the first.
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin
 mount -t proc proc /proc

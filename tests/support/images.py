@@ -190,7 +190,9 @@ class _Maker:
         return kinds
 
     def _operations(self, size: int, cluster: int, kinds: list[str]) -> list[str]:
-        return [self._operation(self._random.choice(kinds), size, cluster) for _ in range(self._random.randrange(2, 14))]
+        return [
+            self._operation(self._random.choice(kinds), size, cluster) for _ in range(self._random.randrange(2, 14))
+        ]
 
     def _operation(self, kind: str, size: int, cluster: int) -> str:
         sectors = max(1, size // 512)

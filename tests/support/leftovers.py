@@ -51,7 +51,9 @@ def _mounts(directory: Path) -> list[str]:
 
 
 def _loops(directory: Path) -> list[str]:
-    done = subprocess.run(["losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE"], capture_output=True, text=True
+    )
     return [f"loop device: {line}" for line in done.stdout.splitlines() if f" {directory}/" in line]
 
 

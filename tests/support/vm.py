@@ -1,15 +1,14 @@
 """A real virtual machine for tests and the demo: QEMU boots Debian's kernel and runs commands for us.
 
-Without KVM on purpose (TCG): it works everywhere and always the same. Commands go over the second serial port, which
-is QEMU's standard input and output; QMP over a socket pair; so nothing here has a path that could be too long or stay
-behind. Every wait has a limit, and the kernel kills QEMU when the process that started it dies. One thread at a time.
+Without KVM on purpose (TCG): it works everywhere and always the same. Commands go over the second serial port and QMP
+over another, each a socket pair, so nothing here has a path that could be too long or stay behind. Every wait has a
+limit, and the kernel kills QEMU when the thread that started it ends. One thread at a time.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import selectors
 import shlex
 import socket
 import subprocess
@@ -17,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from tests.support import bootimage
 
@@ -70,31 +69,25 @@ class Machine:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.kill()
 
     @property
     def shown_command(self) -> str:
         """The command line of QEMU, for a person to read."""
-        return shlex.join(self._qemu_words(bootimage.prepare(), monitor="3"))
+        return shlex.join(self._qemu_words(bootimage.prepare(), "3", "4"))
 
     def start(self) -> None:
         """Boot, and return when the guest takes commands."""
         boot = bootimage.prepare()
-        ours, qemus = socket.socketpair()
-        with qemus, self._qemu_log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *self._qemu_words(boot, str(qemus.fileno()))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                pass_fds=[qemus.fileno()],
-                cwd=self._directory,
-                start_new_session=True,  # Ctrl-C is ours to handle, not the guest's
-            )
-        assert self._process.stdout is not None
-        self._console = Lines("the guest", self._process.stdout)
-        self._monitor = Lines("QMP", ours)
+        our_console, its_console = socket.socketpair()
+        our_monitor, its_monitor = socket.socketpair()
+        self._console = Lines("the guest", our_console)
+        self._monitor = Lines("QMP", our_monitor)
+        with its_console, its_monitor:
+            self._process = self._launch(boot, its_console.fileno(), its_monitor.fileno())
         try:
             self._wait_until_ready()
         except BaseException:
@@ -143,19 +136,33 @@ class Machine:
         if process is not None:
             process.kill()
             process.wait()
-            for stream in (process.stdin, process.stdout):
-                _close(stream)
-        if self._monitor is not None:
-            self._monitor.close()
+        for lines in (self._console, self._monitor):
+            if lines is not None:
+                lines.close()
 
-    def _qemu_words(self, boot: bootimage.BootImage, monitor: str) -> list[str]:
+    def _launch(self, boot: bootimage.BootImage, console: int, monitor: int) -> subprocess.Popen[bytes]:
+        command = self._qemu_words(boot, str(console), str(monitor))
+        with self._qemu_log.open("wb") as log:
+            return subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._directory,
+                pass_fds=[console, monitor],
+                start_new_session=True,  # Ctrl-C is ours to handle, not the guest's
+            )
+
+    def _qemu_words(self, boot: bootimage.BootImage, console: str, monitor: str) -> list[str]:
         command = [QEMU, "-accel", "tcg", "-cpu", "max", "-m", str(self._memory)]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-kernel", str(boot.kernel), "-initrd", str(boot.initramfs)]
-        # The CPU "max" has RDRAND; trusted, it makes the random numbers that mkfs waits for ready at once. panic=-1: a dead kernel ends QEMU.
+        # The CPU "max" has RDRAND; trusted, it makes the random numbers that mkfs waits for ready at once.
+        # panic=-1: a dead kernel ends QEMU.
         command += ["-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on"]
-        command += ["-serial", f"file:{self._kernel_log.name}", "-serial", "stdio"]
-        command += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"]
+        command += ["-chardev", f"socket,id=console,fd={console}", "-chardev", f"socket,id=monitor,fd={monitor}"]
+        command += ["-serial", f"file:{self._kernel_log.name}", "-serial", "chardev:console"]
+        command += ["-mon", "chardev=monitor,mode=control"]
         for number, disk in enumerate(self.disks):
             path = str(disk).replace(",", ",,")
             command += ["-drive", f"id=disk{number},if=virtio,format=qcow2,file={path}"]
@@ -188,9 +195,9 @@ class Machine:
         return self._read(self._console, deadline)
 
     def _type(self, text: str) -> None:
-        if self._process is None or self._process.stdin is None:
-            raise MachineError("the machine does not run")
-        os.write(self._process.stdin.fileno(), text.encode())
+        if self._console is None:
+            raise MachineError("the machine was not started")
+        self._console.write(text.encode())
 
     def _send_qmp(self, message: dict[str, Any]) -> None:
         if self._monitor is None:
@@ -231,9 +238,9 @@ class Machine:
 
 
 class Lines:
-    """Whole lines from a pipe or a socket, each waited for until a deadline."""
+    """Whole lines from a socket, each waited for until a deadline."""
 
-    def __init__(self, who: str, stream: IO[bytes] | socket.socket) -> None:
+    def __init__(self, who: str, stream: socket.socket) -> None:
         self._who = who
         self._stream = stream
         self._pending = b""
@@ -246,29 +253,25 @@ class Lines:
         return line.rstrip(b"\r").decode(errors="replace")
 
     def write(self, data: bytes) -> None:
-        assert isinstance(self._stream, socket.socket)
-        self._stream.sendall(data)
+        try:
+            self._stream.sendall(data)
+        except OSError as error:
+            raise MachineError(f"{self._who} went away: {error.strerror}") from None
 
     def close(self) -> None:
         self._stream.close()
 
     def _some_bytes(self, deadline: float) -> bytes:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._stream, selectors.EVENT_READ)
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise MachineError(f"{self._who} said nothing in time; last: {self._pending[-200:]!r}")
-        data = os.read(self._stream.fileno(), 65536)
+        self._stream.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            data = self._stream.recv(65536)
+        except TimeoutError:
+            raise MachineError(f"{self._who} said nothing in time; last: {self._pending[-200:]!r}") from None
+        except OSError as error:
+            raise MachineError(f"{self._who} went away: {error.strerror}") from None
         if not data:
             raise MachineError(f"{self._who} went away")
         return data
-
-
-def _close(stream: IO[bytes] | None) -> None:
-    if stream is not None:
-        try:
-            stream.close()
-        except BrokenPipeError:
-            pass
 
 
 def _tail(log: Path) -> str:
