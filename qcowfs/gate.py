@@ -58,8 +58,8 @@ def _configured(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
             parser.read_file(file)
-    except FileNotFoundError:
-        return []
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []  # another user's home, say; without it less is allowed, never more
     except (OSError, configparser.Error, UnicodeDecodeError) as error:
         raise UsageError(f"{printable(path)}: cannot be used: {printable(str(error).splitlines()[0])}") from error
     value = parser.get("backing", "allow", fallback="")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from qcowfs import mountpoint
 from qcowfs.errors import FuseUnavailable, MountpointError, QcowfsError
 from qcowfs.vfs.tree import Tree
+from qcowfs.watcher import Watcher
 
 if TYPE_CHECKING:
     import trio
@@ -49,7 +50,7 @@ def check_fuse(options: MountOptions) -> None:
         hint = "install pyfuse3 and libfuse3; list, info and map work without them"
         raise FuseUnavailable(f"pyfuse3 cannot be imported: {error}", hint=hint) from error
     _require_device()
-    if (os.geteuid() != 0 or options.auto_unmount) and mountpoint.fusermount() is None:
+    if os.geteuid() != 0 and mountpoint.fusermount() is None:
         raise FuseUnavailable(f"{mountpoint.FUSERMOUNT}: not found", hint="it is in the package fuse3")
     if os.geteuid() != 0 and (options.allow_other or options.allow_root) and not _others_allowed():
         word = "allow_other" if options.allow_other else "allow_root"
@@ -109,6 +110,7 @@ class Session:
         self._occupied = occupied
         self._stop_signals = SIGNALS if obey_hangup else STOP_SIGNALS
         self._device: str | None = None  # "major:minor" of the mount
+        self._watcher: Watcher | None = None  # of -o auto_unmount
         self._ready = False  # the mount answered, and somebody was told
         self._gone = False  # the mount is not in the tree any more, or not ours to take out
         self._stopping = False  # a signal came
@@ -136,6 +138,8 @@ class Session:
             unmount = not self._gone
         finally:
             pyfuse3.close(unmount=unmount or not self._ready)
+        if self._watcher is not None:
+            self._watcher.dismiss()
         return 128 + self._forced_by if self._forced_by else 0
 
     def _start(self) -> None:
@@ -150,6 +154,8 @@ class Session:
                 raise _refusal(self._directory, said()) from error
         mount = mountpoint.uppermost(self._directory)
         self._device = mount.device if mount else None
+        if self._options.auto_unmount and self._device is not None:
+            self._watcher = Watcher(self._directory, self._device)
 
     def _fuse_options(self) -> set[str]:
         """Return libfuse's options. Without allow_other nobody else gets in, so the kernel need not check modes."""
@@ -157,8 +163,6 @@ class Session:
         for word in ("allow_other", "allow_root"):
             if getattr(self._options, word):
                 options |= {word, "default_permissions"}
-        if self._options.auto_unmount:
-            options.add("auto_unmount")
         return options
 
     async def _main(self, ready: Callable[[], None]) -> None:

@@ -349,6 +349,10 @@ class TestUmount:
         assert done.returncode == 0
 
 
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def killed(mount: Mounted) -> None:
     mount.signal(signal.SIGKILL)
     wait_until(lambda: not is_running(mount.pid), "SIGKILL did not kill")
@@ -393,12 +397,24 @@ class TestDeath:
 
     def test_with_auto_unmount_an_unmount_leaves_no_helper(self, image: Path, target: Path, person: Person) -> None:
         with mounted(image, target, "-o", "auto_unmount", person=person) as mount:
-            helpers = [int(line) for line in shell("ps -C fusermount3 -o pid= || true").split()]
+            watchers = children(mount.pid)
             call("umount", target, person=person)
             mount.wait_gone()
 
-        wait_until(lambda: not any(is_running(pid) for pid in helpers), "fusermount3 is left over")
-        assert helpers
+        assert len(watchers) == 1
+        assert not is_running(watchers[0])
+
+    def test_with_auto_unmount_a_new_mount_in_the_same_place_is_left_alone(self, image: Path, target: Path) -> None:
+        with mounted(image, target, "-o", "auto_unmount") as mount:
+            (watcher,) = children(mount.pid)
+            os.kill(watcher, signal.SIGSTOP)
+            killed(mount)
+            call("umount", target)
+        with mounted(image, target) as second:
+            os.kill(watcher, signal.SIGCONT)
+            wait_until(lambda: not is_running(watcher), "the watcher still waits")
+
+            assert second.is_mounted() and second.is_alive()
 
 
 class TestForeground:
