@@ -67,8 +67,12 @@ cdef class Allocation:
         """Return the bytes of clusters that `layer`'s disk allocates, an upper bound once the budget is used up."""
         cdef uint64_t reach = <uint64_t>1 << (layer.c.cluster_bits + layer.c.l2_bits)
         cdef uint64_t needed = (layer.c.virtual_size + reach - 1) // reach  # VM state lies past the disk
+        cdef uint64_t entries = min(needed, layer.c.l1_entries)
         cdef uint64_t total = 0
-        for offset in l2_tables(layer, min(needed, layer.c.l1_entries)):
+        if self.budget.left <= 0:
+            return min(layer.c.virtual_size, <uint64_t>layer.source.size)
+        self.budget.left -= <int64_t>entries * 8
+        for offset in l2_tables(layer, entries):
             known = self.counts.get(offset)
             if known is None:
                 known = self.counts[offset] = self.count_table(layer, offset) if self.budget.left > 0 else reach
@@ -127,21 +131,19 @@ cdef class Exclusive:
         """
         cdef uint64_t cluster_size = <uint64_t>1 << layer.c.cluster_bits
         cdef refcounts_t refcounts = self.refcounts
-        cdef uint64_t clusters
+        cdef uint64_t clusters = 0
         cdef uint64_t cluster
         refcounts.source = layer.c.source
         refcounts.cluster_bits = layer.c.cluster_bits
         refcounts.table_entries = self.refcounts.table_entries * (cluster_size // 8)
         self.shared.count = 0
-        clusters = 0
         for cluster in range(layer.c.l1_offset >> layer.c.cluster_bits,
                              (layer.c.l1_offset + layer.c.l1_entries * 8 + cluster_size - 1) >> layer.c.cluster_bits):
             clusters += refcount_of(&refcounts, cluster) == 1
-        seen = set()
+        self.budget.left -= <int64_t>layer.c.l1_entries * 8
         for offset in l2_tables(layer, layer.c.l1_entries):
-            if offset in seen or refcount_of(&refcounts, offset >> layer.c.cluster_bits) != 1:
+            if refcount_of(&refcounts, offset >> layer.c.cluster_bits) != 1:
                 continue
-            seen.add(offset)
             found = self.count_table(layer, offset, &refcounts) if self.budget.left > 0 else -1
             if found < 0:
                 return None

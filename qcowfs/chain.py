@@ -103,7 +103,7 @@ def open_chain(image: str, policy: gate.Policy, *, lock: bool = True, image_form
     """
     opener = _Opener(policy, lock=lock)
     try:
-        opener.open_all(os.path.abspath(image) if not image.startswith("/") else image, image_format)
+        opener.open_all(os.path.join(os.getcwd(), image), image_format)  # not abspath: a link may come before ".."
     except BaseException:
         opener.close()
         raise

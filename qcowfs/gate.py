@@ -86,7 +86,7 @@ def open_user_file(path: str) -> int:
     return _reopen(place, path)
 
 
-def open_named_file(path: str, *, policy: Policy, near: Iterable[str], named_by: str, role: str) -> int:
+def open_named_file(path: str, *, policy: Policy, near: Sequence[str], named_by: str, role: str) -> int:
     """Open what an image names; returns a descriptor. Everything that an image names comes through here.
 
     Args:
@@ -115,11 +115,16 @@ def _missing_hint(error: OSError, role: str) -> str | None:
     return None
 
 
-def _judge(resolved: str, policy: Policy, near: Iterable[str], named_by: str, role: str) -> None:
+def _judge(resolved: str, policy: Policy, near: Sequence[str], named_by: str, role: str) -> None:
     told = f"it names the {role} {printable(resolved)}"
     if any(_is_below(resolved, pseudo) for pseudo in PSEUDO_FILE_SYSTEMS):
         raise GateRefused(named_by, told, "no file of the kernel's own is ever opened for an image")
-    if policy.allow_any or any(_is_below(resolved, directory) for directory in (*near, *policy.allow)):
+    if policy.allow_any or any(_is_below(resolved, directory) for directory in policy.allow):
+        return
+    # An image in "/" vouches for the files beside it, not for the whole machine.
+    if any(_is_below(resolved, directory) for directory in near if directory != "/") or (
+        "/" in near and os.path.dirname(resolved) == "/"
+    ):
         return
     hint = f"--allow-backing {printable(os.path.dirname(resolved))} allows it"
     raise GateRefused(named_by, told, "it lies outside the directories of the image's layers", hint=hint)

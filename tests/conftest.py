@@ -22,7 +22,8 @@ SESSION_MARK = "QCOWFS_TEST_SESSION"  # in the environment of every process that
 def pytest_configure(config: pytest.Config) -> None:
     """Give the run a directory of its own for temporary files, before anybody makes one."""
     if SESSION_MARK not in os.environ:
-        directory = tempfile.mkdtemp(prefix="qcowfs-tests-")
+        leftovers.remove_old_directories()
+        directory = tempfile.mkdtemp(prefix=f"{leftovers.PREFIX}{os.getpid()}-")
         os.chmod(directory, 0o711)
         os.environ[SESSION_MARK] = os.environ["TMPDIR"] = tempfile.tempdir = directory
         config.stash[leftovers.DIRECTORY] = Path(directory)

@@ -65,8 +65,9 @@ class _Table:
     def __init__(self, source: Source, offset: int) -> None:
         self._source = source
         self._offset = offset  # of the table
-        self._taken = 0  # bytes from there on that were taken
-        self._buffer = b""  # what was read beyond them
+        self._taken = 0  # bytes of it that were taken
+        self._chunk = b""  # what was read last
+        self._chunk_start = 0  # where in the table it starts
 
     @property
     def place(self) -> int:
@@ -76,19 +77,18 @@ class _Table:
     def take(self, length: int) -> bytes:
         if self._taken + length > limits.MAX_SNAPSHOT_TABLE_SIZE:
             raise self.corrupt(f"the table is larger than {limits.MAX_SNAPSHOT_TABLE_SIZE} bytes")
-        if len(self._buffer) < length:
-            self._buffer += self._read(self.place + len(self._buffer), max(CHUNK, length))
-        if len(self._buffer) < length:
+        if self._taken + length > self._chunk_start + len(self._chunk):
+            self._chunk, self._chunk_start = self._read(self.place, max(CHUNK, length)), self._taken
+        start = self._taken - self._chunk_start
+        data = self._chunk[start : start + length]
+        if len(data) < length:
             raise self.corrupt("the table lies past the end of the file: the image is truncated")
-        data, self._buffer = self._buffer[:length], self._buffer[length:]
         self._taken += length
         return data
 
     def align(self) -> None:
         """Each entry starts at a multiple of 8; the file may end before the padding of the last one."""
-        padding = -self._taken % 8
-        self._buffer = self._buffer[padding:]
-        self._taken += padding
+        self._taken += -self._taken % 8
 
     def corrupt(self, why: str) -> CorruptImage:
         return CorruptImage(self._source.name, f"bad snapshot table at {self.place:#x}", why)

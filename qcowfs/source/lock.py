@@ -47,13 +47,20 @@ def hold_reader_locks(fd: int) -> bool:
     if _conflict(fd):
         return False
     bytes_to_hold = (USED + CONSISTENT_READ, FORBIDDEN + WRITE, FORBIDDEN + RESIZE)
-    for place in bytes_to_hold:
-        _command(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, place)
-    if not _conflict(fd):
+    if all(_take(fd, place) for place in bytes_to_hold) and not _conflict(fd):
         return True
     for place in bytes_to_hold:
         _command(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, place)
     return False
+
+
+def _take(fd: int, place: int) -> bool:
+    """Take a shared lock; False where somebody has an exclusive one, which QEMU never takes."""
+    try:
+        _command(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, place)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _conflict(fd: int) -> bool:

@@ -85,10 +85,10 @@ def _wish(point: Point, stems: dict[int, bytes]) -> _Wish:
         return _Wish(ACTIVE.encode(), b"", ACTIVE, settled=True, unnamed=False)
     if point.kind == "layer":
         raw = stems[point.depth]
-        return _Wish(raw, b"layer%d" % point.depth, _fitted(escape(raw), raw), settled=False, unnamed=not raw)
+        return _Wish(raw, b"layer%d" % point.depth, _fitted(_start(raw), raw), settled=False, unnamed=not raw)
     own = point.snapshot_name or b""
     raw = own if point.depth == 0 else stems[point.depth] + b"@" + own
-    return _Wish(raw, point.snapshot_id or b"", _fitted(escape(raw), raw), settled=False, unnamed=not own)
+    return _Wish(raw, point.snapshot_id or b"", _fitted(_start(raw), raw), settled=False, unnamed=not own)
 
 
 def _contested(wishes: Sequence[_Wish]) -> list[bool]:
@@ -106,8 +106,13 @@ def _contested(wishes: Sequence[_Wish]) -> list[bool]:
 
 
 def _with_id(wish: _Wish) -> str:
-    text = f"{'' if not wish.raw else escape(wish.raw)}#{escape(wish.identity)}"
+    text = f"{_start(wish.raw)}#{_start(wish.identity)}"
     return _fitted(text, wish.raw + b"#" + wish.identity)
+
+
+def _start(raw: bytes) -> str:
+    """Escape as much of `raw` as a name can need: names of 65,535 bytes are legal, and there may be 65,536 of them."""
+    return escape(raw[: NAME_ROOM + 4])  # so much is cut off again, with the character that may be split here
 
 
 def _fitted(text: str, raw: bytes) -> str:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qcowfs"
 ROWS = (
     ("__main__",),
     ("cli",),
-    ("mount", "daemon", "fuse", "mountpoint", "mountoptions"),
+    ("mount", "daemon", "fuse", "watcher", "mountpoint", "mountoptions"),
     ("vfs",),
     ("sizes",),
     ("snapshot",),

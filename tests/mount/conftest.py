@@ -11,7 +11,7 @@ import pytest
 from qcowfs import mountpoint
 from tests.mount.images import Story, make_image, make_story
 from tests.support import need
-from tests.support.mounts import force_unmount, need_fuse
+from tests.support.mounts import Person, force_unmount, need_fuse, ordinary_user
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +39,13 @@ def target(tmp_path: Path) -> Iterator[Path]:
     force_unmount(path)
     assert left is None, f"left mounted: {left}"
     assert os.listdir(path) == []
+
+
+@pytest.fixture
+def ordinary(tmp_path: Path) -> Person:
+    """Return an ordinary user, who may pass through the test's directory."""
+    tmp_path.chmod(0o711)
+    return ordinary_user()
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,6 @@ from tests.support.mounts import (
     me,
     mounted,
     one_line,
-    ordinary_user,
     shell,
     wait_until,
 )
@@ -41,12 +40,9 @@ def person(request: pytest.FixtureRequest, tmp_path: Path, target: Path) -> Pers
     """Return who mounts; the mount point is theirs."""
     if request.param == "whoever runs the tests":
         return me()
-    found = ordinary_user()
+    found: Person = request.getfixturevalue("ordinary")
     if found.is_me:
         pytest.skip("whoever runs the tests is an ordinary user")
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o001:
-            folder.chmod(0o711)
     found.own(tmp_path)
     found.own(target)
     return found
@@ -117,17 +113,16 @@ class TestBeginning:
         assert found is not None
         assert found.source == str(image)
 
-    def test_others_cannot_enter_and_with_allow_other_they_can(self, image: Path, target: Path) -> None:
-        other = ordinary_user()
-        if other.is_me:
+    def test_others_cannot_enter_and_with_allow_other_they_can(
+        self, image: Path, target: Path, ordinary: Person
+    ) -> None:
+        if ordinary.is_me:
             pytest.skip("needs root")
-        for folder in (target.parent, *target.parent.parents):
-            folder.chmod(folder.stat().st_mode | 0o011)
 
         for options, expected in (((), False), (("--allow-other",), True), (("-o", "allow_other"), True)):
             with mounted(image, target, *options) as mount:
                 command = ["test", "-r", str(mount / "current.raw")]
-                tried = subprocess.run(command, **other.popen_arguments())  # type: ignore[call-overload]
+                tried = subprocess.run(command, **ordinary.popen_arguments())  # type: ignore[call-overload]
                 assert (tried.returncode == 0) is expected, options
 
     def test_allow_root_lets_root_in_and_nobody_else(self, image: Path, target: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 DIRECTORY = pytest.StashKey[Path]()
 FOUND = pytest.StashKey[list[str]]()
+PREFIX = "qcowfs-tests-"  # of the directory, before the process id of the run
 LAST_BREATH = 5.0  # seconds that a process which was told to end may take
 
 
@@ -21,6 +24,14 @@ def find(directory: Path, mark: str) -> list[str]:
     `mark` is the variable that names the directory in the environment of every process of the run.
     """
     return [*_processes(f"{mark}={directory}".encode()), *_mounts(directory), *_loops(directory), *_files(directory)]
+
+
+def remove_old_directories() -> None:
+    """Remove what failed runs kept to be looked at, but for runs that are still under way."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        run = directory.name.removeprefix(PREFIX).partition("-")[0]
+        if not Path("/proc", run).exists() and not _mounts(directory):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _processes(variable: bytes) -> list[str]:

@@ -30,14 +30,14 @@ PATIENCE = 20.0  # seconds; far more than anything here takes on a busy machine
 # What a console script does, plus the stacks on SIGUSR1. `qcowfs` may or may not be installed.
 LAUNCHER = """
 import faulthandler, os, signal, sys
-sys.path[:0] = {path!r}
+sys.path.insert(0, {repository!r})
+sys.path.append({packages!r})
 stacks = os.environ.get("QCOWFS_TEST_STACKS")
 if stacks:
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)
 from {module} import {function}
 sys.exit({function}())
 """
-IMPORTABLE = [str(REPOSITORY), sysconfig.get_path("platlib")]
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,20 @@ class Person:
 
 def launcher(person: Person | None = None) -> list[str]:
     """Return the command that is `qcowfs` of this checkout, for `person`."""
-    code = LAUNCHER.format(path=IMPORTABLE, module="qcowfs.cli", function="main")
-    return [interpreter(person or me()), "-c", code]
+    return [interpreter(person or me()), "-c", _code("qcowfs.cli", "main")]
 
 
 def script(path: Path, module: str = "qcowfs.cli", function: str = "main") -> Path:
     """Write an executable at `path` that runs an entry point of this checkout, as pip installs one."""
-    code = LAUNCHER.format(path=IMPORTABLE, module=module, function=function)
-    path.write_text(f"#!{interpreter(me())}\n{code}")
+    path.write_text(f"#!{interpreter(me())}\n{_code(module, function)}")
     path.chmod(0o755)
     return path
+
+
+def _code(module: str, function: str) -> str:
+    # The packages come last: they are for a Python that does not find them by itself.
+    packages = sysconfig.get_path("platlib")
+    return LAUNCHER.format(repository=str(REPOSITORY), packages=packages, module=module, function=function)
 
 
 @functools.cache
@@ -90,7 +94,8 @@ def interpreter(person: Person) -> str:
     """
     if person.is_me:
         return sys.executable
-    code = f"import sys; sys.path[:0] = {IMPORTABLE!r}; import pyfuse3, qcowfs._core"
+    places = [str(REPOSITORY), sysconfig.get_path("platlib")]
+    code = f"import sys; sys.path += {places!r}; import pyfuse3, qcowfs._core"
     for program in (sys.executable, f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"):
         with suppress(OSError):
             tried = subprocess.run([program, "-c", code], capture_output=True, **person.popen_arguments())  # type: ignore[call-overload]

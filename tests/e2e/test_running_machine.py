@@ -1,0 +1,126 @@
+"""Images that a running virtual machine uses: what is shown of them, and who may disturb whom.
+
+Evidence: a chosen scenario on a real virtual machine; QEMU's own locks and `qemu-img convert -U` are the judges.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import call, mounted, qemu
+from tests.support.vm import Machine, MachineError
+
+pytestmark = pytest.mark.slow
+
+MIB = 1 << 20
+
+
+def write(machine: Machine, letter: str, place: int = 0) -> None:
+    """Let the guest fill the MiB at `place` (in MiB) of its first disk with a letter, down to the image."""
+    source = f"tr '\\0' {letter} </dev/zero | head -c {MIB}"
+    machine.run(f"{source} | dd of=/dev/vda bs={MIB} seek={place} iflag=fullblock conv=fsync")
+
+
+def first_letter(disk: Path) -> bytes:
+    with disk.open("rb") as file:
+        return os.pread(file.fileno(), 1, 4096)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return an image with the internal snapshot `before`, in which the first MiB is all A."""
+    path = tmp_path / "disk.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", path, "64M")
+    qemu("qemu-io", "-c", f"write -P 0x41 0 {MIB}", path)
+    qemu("qemu-img", "snapshot", "-c", "before", path)
+    return path
+
+
+@pytest.fixture
+def machine(image: Path, tmp_path: Path) -> Iterator[Machine]:
+    """Return a running machine that has the image open for writing."""
+    with Machine([image], directory=tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    return path
+
+
+def test_only_frozen_points_of_a_running_machines_image_are_shown(
+    machine: Machine, image: Path, target: Path, tmp_path: Path
+) -> None:
+    """`current.raw` is left out, the snapshot reads as QEMU reads it, and the guest goes on writing."""
+    write(machine, "B")
+
+    with mounted(image, target):
+        names = sorted(os.listdir(target))
+        write(machine, "C")
+        qemu("qemu-img", "convert", "-U", "-l", "before", "-O", "raw", image, tmp_path / "before.raw")
+        same = filecmp.cmp(tmp_path / "before.raw", target / "before.raw", shallow=False)
+        write(machine, "D", place=1)
+
+    assert ["before.raw", "latest.raw"] == names
+    assert same
+
+
+def test_one_line_names_live_for_a_running_machines_image(machine: Machine, image: Path, target: Path) -> None:
+    done = call("mount", image, target)
+    ended = call("umount", target)
+
+    assert (0, 0) == (done.returncode, ended.returncode)
+    assert 1 == len(done.stderr.splitlines())
+    assert "--live" in done.stderr
+
+
+def test_live_shows_what_the_guest_writes_at_each_read(machine: Machine, image: Path, target: Path) -> None:
+    seen = []
+
+    with mounted(image, target, "--live"):
+        for letter in "BCD":
+            write(machine, letter)
+            seen.append(first_letter(target / "current.raw"))
+        before = first_letter(target / "before.raw")
+
+    assert [b"B", b"C", b"D"] == seen
+    assert b"A" == before
+
+
+def test_a_layer_that_the_machine_no_longer_writes_is_shown_whole(
+    machine: Machine, image: Path, target: Path, tmp_path: Path
+) -> None:
+    """After blockdev-snapshot-sync QEMU holds the old image as a reader, and so may we: the guest writes elsewhere."""
+    write(machine, "B")
+    machine.qmp("blockdev-snapshot-sync", device="disk0", snapshot_file=str(tmp_path / "overlay.qcow2"), format="qcow2")
+
+    with mounted(image, target):
+        write(machine, "C")
+        names = sorted(os.listdir(target))
+        letter = first_letter(target / "current.raw")
+
+    assert ["before.raw", "current.raw", "latest.raw"] == names
+    assert b"B" == letter
+
+
+def test_a_machine_does_not_start_on_a_mounted_image_but_after_it(image: Path, target: Path, tmp_path: Path) -> None:
+    with mounted(image, target), pytest.raises(MachineError, match='Failed to get "write" lock'):
+        Machine([image], directory=tmp_path).start()
+
+    with Machine([image], directory=tmp_path) as machine:
+        write(machine, "B")
+
+
+def test_no_lock_lets_a_machine_start_on_a_mounted_image(image: Path, target: Path, tmp_path: Path) -> None:
+    with mounted(image, target, "--no-lock"), Machine([image], directory=tmp_path) as machine:
+        write(machine, "B")
+        before = first_letter(target / "before.raw")
+
+    assert b"A" == before
