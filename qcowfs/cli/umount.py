@@ -9,6 +9,7 @@ import argparse
 import errno
 import os
 import select
+import time
 from contextlib import suppress
 
 import qcowfs.cli
@@ -19,6 +20,9 @@ from qcowfs.mountpoint import Mount
 HELP = "unmount, and wait until the image is free"
 
 DAEMON_TIMEOUT = 30.0  # seconds that an unmounted daemon may take to end
+# The kernel frees the loop device of an unmounted file system a moment after umount(8) has returned.
+BUSY_GRACE = 1.0  # seconds
+BUSY_INTERVAL = 0.05  # seconds
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -70,12 +74,17 @@ def _daemon(mount: Mount) -> int | None:
 
 
 def _release(path: str, mount: Mount, *, lazy: bool) -> None:
-    try:
-        mountpoint.unmount(mount.path, lazy=lazy)
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise MountpointError(path, f"cannot be unmounted: {error.strerror}") from error
-        raise MountpointError(path, _busy(mount), hint="-l takes it out of the tree all the same") from error
+    deadline = time.monotonic() + BUSY_GRACE
+    while True:
+        try:
+            return mountpoint.unmount(mount.path, lazy=lazy)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise MountpointError(path, f"cannot be unmounted: {error.strerror}") from error
+            if time.monotonic() > deadline:
+                hint = "-l takes it out of the tree all the same"
+                raise MountpointError(path, _busy(mount), hint=hint) from error
+        time.sleep(BUSY_INTERVAL)
 
 
 def _busy(mount: Mount) -> str:

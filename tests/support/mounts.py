@@ -73,9 +73,9 @@ def launcher(person: Person | None = None) -> list[str]:
     return [interpreter(person or me()), "-c", _code("qcowfs.cli", "main")]
 
 
-def script(path: Path, module: str = "qcowfs.cli", function: str = "main") -> Path:
+def script(path: Path, module: str = "qcowfs.cli", function: str = "main", *, person: Person | None = None) -> Path:
     """Write an executable at `path` that runs an entry point of this checkout, as pip installs one."""
-    path.write_text(f"#!{interpreter(me())}\n{_code(module, function)}")
+    path.write_text(f"#!{interpreter(person or me())}\n{_code(module, function)}")
     path.chmod(0o755)
     return path
 
