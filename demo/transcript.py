@@ -36,7 +36,8 @@ class Transcript:
 
     def show(self, prompt: str, command: str) -> None:
         """Print a command that somebody else runs."""
-        lines = textwrap.wrap(f"{prompt} {command}", WIDTH, subsequent_indent="      ", break_on_hyphens=False)
+        words = f"{prompt} {command}"
+        lines = textwrap.wrap(words, WIDTH, subsequent_indent="      ", break_on_hyphens=False, break_long_words=False)
         self._print(" \\\n".join(lines))
 
     def host(self, *words: str, status: int = 0) -> str:

@@ -1,0 +1,36 @@
+"""Hostile images may not cost much memory: each test of this directory is measured, and stopped at a wall.
+
+The limit of time is in each module's `pytestmark`, where a reader sees it.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+WALL = 1 << 30  # bytes of address space more than before; QEMU's tools inherit it, and their threads need half
+ENOUGH = 64 << 20  # bytes of memory more than before: the caches of a test and an L1 table of 32 MiB fit
+PROCESS = Path("/proc/self")
+
+
+@pytest.fixture(autouse=True)
+def _little_memory() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + WALL, before[1]))
+    (PROCESS / "clear_refs").write_text("5")  # the peak starts anew
+    resident = _status("VmRSS")
+    yield
+    peak = _status("VmHWM")
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert peak - resident < ENOUGH
+
+
+def _status(field: str) -> int:
+    """Return a field of proc(5)'s status, in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", (PROCESS / "status").read_text(), re.MULTILINE)
+    assert found is not None, field
+    return int(found[1]) << 10
