@@ -23,8 +23,8 @@ from qcowfs._codec cimport codec_inflate, codec_zstd
 from qcowfs._tables cimport (
     COMPRESSED, LAYER_RAW, NORMAL, RULE_BAD_STREAM, RULE_COMPRESSED_IN_DATA_FILE, RULE_DATA_FILE_OFFSET,
     RULE_L1_PAST_END, RULE_L1_UNALIGNED, RULE_L2_PAST_END, RULE_L2_UNALIGNED, RULE_NO_MEMORY, RULE_READ_FAILED,
-    RULE_REFCOUNT_PAST_END, RULE_SUBCLUSTER_BOTH, RULE_SUBCLUSTER_WITHOUT_CLUSTER, RULE_ZERO_IN_VERSION_2,
-    UNALLOCATED, ZERO, ZERO_ALLOCATED, LayerMap, fault_t, layer_map, layer_t, mapping_t, mapping_type, rule_t,
+    RULE_REFCOUNT_PAST_END, RULE_SECTOR_UNALIGNED, RULE_SUBCLUSTER_BOTH, RULE_SUBCLUSTER_WITHOUT_CLUSTER,
+    RULE_ZERO_IN_VERSION_2, UNALLOCATED, ZERO, ZERO_ALLOCATED, LayerMap, fault_t, layer_map, layer_t, mapping_t, mapping_type, rule_t,
 )
 
 from qcowfs.errors import ReadFault
@@ -36,6 +36,7 @@ cdef enum:
 RULES = {
     RULE_L1_UNALIGNED: "the L1 entry names an L2 table that is not aligned to a cluster",
     RULE_L2_UNALIGNED: "the L2 entry names a host cluster that is not aligned to a cluster",
+    RULE_SECTOR_UNALIGNED: "the L2 entry names a host cluster that is not aligned to a sector",
     RULE_L1_PAST_END: "the L1 table lies past the end of the file: the image is truncated",
     RULE_L2_PAST_END: "the L2 table lies past the end of the file: the image is truncated",
     RULE_ZERO_IN_VERSION_2: "the L2 entry has the zero flag, which version 2 does not have",
@@ -55,8 +56,9 @@ logger = logging.getLogger("qcowfs.core")
 class Extent(NamedTuple):
     """A range with one answer, in the words of `qemu-img map`.
 
-    `depth` is the layer that decides (where none does, the last that was asked), `present` whether one does, `data` whether bytes are stored,
-    `zero` whether it reads as zeros, `offset` the host offset, None for compressed data and where nothing is stored.
+    `depth` is the layer that decides (where none does, the last that was asked), `present` whether one does, `data`
+    whether bytes are stored, `zero` whether it reads as zeros, `offset` the host offset, None for compressed data and
+    where nothing is stored.
     Offsets and lengths are in bytes.
     """
 

@@ -23,6 +23,9 @@ cdef uint64_t QCOW1_COMPRESSED_FLAG = <uint64_t>1 << QCOW1_COMPRESSED_BIT
 cdef uint64_t LOW_HALF = <uint64_t>0xFFFFFFFF
 cdef uint64_t LARGEST_TABLE_OFFSET = <uint64_t>1 << 62  # so that no sum with a table's size wraps round
 
+cdef enum:
+    SECTOR_SIZE = 512
+
 
 cdef struct place_t:
     # Where one entry of a table is: its slice, and its index in it.
@@ -232,8 +235,7 @@ cdef inline int map_unit(
     const layer_t* layer, const uint64_t* words, uint64_t index, uint64_t offset,
     mapping_t* mapping, fault_t* fault) noexcept nogil:
     if layer.kind == LAYER_QCOW1:
-        map_qcow1(layer, words[index], mapping)
-        return 0
+        return map_qcow1(layer, words[index], mapping, fault)
     if words[index] & COMPRESSED_FLAG:
         if layer.external_data:
             return fail(fault, RULE_COMPRESSED_IN_DATA_FILE, EIO, 0)
@@ -244,14 +246,18 @@ cdef inline int map_unit(
     return map_cluster(layer, words[index], offset, mapping, fault)
 
 
-cdef void map_qcow1(const layer_t* layer, uint64_t entry, mapping_t* mapping) noexcept nogil:
+cdef inline int map_qcow1(
+    const layer_t* layer, uint64_t entry, mapping_t* mapping, fault_t* fault) noexcept nogil:
     if entry == 0:
         mapping.type = UNALLOCATED
     elif entry & QCOW1_COMPRESSED_FLAG:
         parse_compressed(layer, entry, mapping)
+    elif entry & (SECTOR_SIZE - 1):  # QEMU asks no more of version 1 than a sector's alignment
+        return fail(fault, RULE_SECTOR_UNALIGNED, EIO, 0)
     else:
         mapping.type = NORMAL
         mapping.host_offset = entry
+    return 0
 
 
 cdef void parse_compressed(const layer_t* layer, uint64_t entry, mapping_t* mapping) noexcept nogil:

@@ -7,23 +7,28 @@ layer names is opened by the gate alone. A Chain is immutable but for `close`; a
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-from qcowfs import filename, gate, limits, qcow1, raw
-from qcowfs._source import FileSource, SliceSource, Source
+from qcowfs import filename, limits, qcow1, raw
+from qcowfs._source import Source
 from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage, printable
-from qcowfs.filename import FileName
+from qcowfs.filename import FORMATS, FileName
+from qcowfs.gate import Gate, Policy
 from qcowfs.qcow2 import header as qcow2
 from qcowfs.qcow2.snapshots import SnapshotEntry, read_snapshots
+from qcowfs.source.file import File, open_file
 from qcowfs.source.lock import LocksUnsupported, hold_reader_locks, writer_present
 
 __all__ = ["FORMATS", "Chain", "Layer", "open_chain"]
 
-FORMATS = ("qcow2", "qcow", "raw")
+Header = qcow2.Header | qcow1.Header
+Snapshots = tuple[SnapshotEntry, ...]
+
+ATTEMPTS = 4  # to read tables that move; a machine that makes snapshots without a break is not to be caught
+SUPPORTED = "qcow2, qcow and raw are supported"
 RAW_ALIASES = ("file", "host_device")  # protocol drivers recorded as a format by old tools: bytes as they are
 
 
@@ -50,8 +55,8 @@ class Layer:
     source: Source
     data: Source
     data_path: str | None
-    header: qcow2.Header | qcow1.Header | None
-    snapshots: tuple[SnapshotEntry, ...]
+    header: Header | None
+    snapshots: Snapshots
     virtual_size: int
     disk_size: int
     modified_ns: int
@@ -89,7 +94,7 @@ class Chain:
         self.close()
 
 
-def open_chain(image: str, policy: gate.Policy, *, lock: bool = True, image_format: str | None = None) -> Chain:
+def open_chain(image: str, policy: Policy, *, lock: bool = True, image_format: str | None = None) -> Chain:
     """Open `image` and all that it is based on.
 
     Args:
@@ -103,173 +108,154 @@ def open_chain(image: str, policy: gate.Policy, *, lock: bool = True, image_form
     """
     opener = _Opener(policy, lock=lock)
     try:
-        opener.open_all(os.path.join(os.getcwd(), image), image_format)  # not abspath: a link may come before ".."
+        opener.open_all(image, image_format)
     except BaseException:
         opener.close()
         raise
     return Chain(image, tuple(opener.layers), tuple(opener.warnings))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Opened:
-    """A file that was opened and is not a layer yet."""
-
-    path: str
-    source: Source
-    status: os.stat_result
-    descriptor: int
-    probed: bool  # a backing file whose format was found by looking into it: a guest may have written what it says
-
-
 class _Opener:
     """Opens layer after layer; what it holds is closed by `close` if anything fails."""
 
-    def __init__(self, policy: gate.Policy, *, lock: bool) -> None:
-        self._policy = policy
+    def __init__(self, policy: Policy, *, lock: bool) -> None:
+        self._gate = Gate(policy)
         self._lock = lock
-        self._loose: list[Source] = []  # opened, and not part of a layer yet
-        self._near: list[str] = []  # resolved directories of the layers whose names the gate may follow
-        self._seen: set[tuple[int, int]] = set()  # files that were opened as qcow2 or qcow
+        self._loose: list[File] = []  # opened, and not part of a layer yet
+        self._seen: dict[tuple[int, int], Layer] = {}  # files that were opened as qcow2 or qcow
         self.layers: list[Layer] = []
         self.warnings: list[str] = []
 
     def close(self) -> None:
-        for source in self._loose:
-            source.close()
+        for file in self._loose:
+            file.close()
         for layer in self.layers:
             _close(layer)
 
-    def open_all(self, path: str, image_format: str | None) -> None:
-        opened = self._opened(gate.open_user_file(path), path, FileName(path=path), probed=False)
-        self._add_layer(opened, image_format or self._probe_image(opened))
+    def open_all(self, image: str, image_format: str | None) -> None:
+        file = self._opened(self._gate.open_image(image), next(_absolute(image), image))
+        self._add_layer(file, image_format or self._probe_image(file))
         while self.layers[-1].backing_name is not None:
             if len(self.layers) == limits.MAX_CHAIN_DEPTH:
-                raise UnsupportedImage(
-                    path, "its chain is too deep", f"at most {limits.MAX_CHAIN_DEPTH} layers are opened"
-                )
+                why = f"at most {limits.MAX_CHAIN_DEPTH} layers are opened"
+                raise UnsupportedImage(self.layers[0].path, "its chain is too deep", why)
             self._add_backing(self.layers[-1], self.layers[-1].backing_name)
 
     def _add_backing(self, overlay: Layer, name: bytes) -> None:
         said = filename.parse(name, overlay.path)
-        recorded = _recorded_format(overlay) or said.format
-        opened = self._open_named(overlay.path, said, "backing file", probed=recorded is None)
-        if recorded is None:
-            recorded = self._probe_backing(overlay, opened)
-        if (said.offset or said.size is not None) and recorded != "raw":
-            raise UnsupportedImage(
-                overlay.path, "its json: name is not supported", "offset and size need the driver raw"
-            )
-        self._add_layer(opened, recorded)
+        image_format = _recorded_format(overlay) or said.format
+        if (said.offset or said.size is not None) and image_format != "raw":
+            why = "offset and size need the format raw"
+            raise UnsupportedImage(overlay.path, "its json: name is not supported", why)
+        file = self._open_named(overlay.path, said, "backing file")
+        if image_format is None:
+            self._gate.distrust(file.path)
+            image_format = self._probe_backing(overlay, file)
+        else:
+            self._gate.vouch(file.descriptor)
+        self._require_progress(overlay, file, image_format)
+        self._add_layer(file, image_format, alone=said.alone)
 
-    def _add_layer(self, opened: _Opened, image_format: str) -> None:
-        layer = self._layer(opened, image_format)
-        if layer.header is not None:
-            if layer.file_id in self._seen:
-                raise CorruptImage(layer.path, "its backing chain never ends", "it is based on itself")
-            self._seen.add(layer.file_id)
+    def _require_progress(self, overlay: Layer, file: File, image_format: str) -> None:
+        """A raw layer is the last one, so it may be any file: the bytes of an overlay above it, say."""
+        first = self._seen.get(file.identity)
+        if first is not None and image_format != "raw":
+            why = f"{printable(overlay.path)}, layer {overlay.depth}, is based on it, and it is layer {first.depth}"
+            raise CorruptImage(first.path, "its backing chain never ends", why)
+
+    def _add_layer(self, file: File, image_format: str, *, alone: bool = False) -> None:
+        layer = self._layer(file, image_format, alone=alone)
         self.layers.append(layer)
         self._loose.clear()
+        if layer.header is not None:
+            self._seen[layer.file_id] = layer
         self._warn_about(layer)
 
-    def _layer(self, opened: _Opened, image_format: str) -> Layer:
-        self._trust(opened)
-        written = self._written_by_other(opened)  # first: what is read under the lock cannot change any more
-        header = _read_header(opened.source, image_format)
-        snapshots = read_snapshots(opened.source, header) if isinstance(header, qcow2.Header) else ()
-        data = self._data_file(opened, header)
+    def _layer(self, file: File, image_format: str, *, alone: bool) -> Layer:
+        written = self._written_by_other(file)  # first: what is read under the lock cannot change any more
+        header, snapshots = _read_tables(file.source, image_format, moving=written)
+        data = self._data_file(file, header)
         if data is not None:
             written = self._written_by_other(data) or written
-        blocks = opened.status.st_blocks + (data.status.st_blocks if data else 0)
+        blocks = file.status.st_blocks + (data.status.st_blocks if data else 0)
         return Layer(
             depth=len(self.layers),
-            path=opened.path,
+            path=file.path,
             format=image_format,
-            source=opened.source,
-            data=data.source if data else opened.source,
+            source=file.source,
+            data=data.source if data else file.source,
             data_path=data.path if data else None,
             header=header,
             snapshots=snapshots,
-            virtual_size=header.virtual_size if header else raw.virtual_size(opened.source),
+            virtual_size=header.virtual_size if header else raw.virtual_size(file.source),
             disk_size=blocks * 512,
-            modified_ns=opened.status.st_mtime_ns,
-            backing_name=header.backing_name if header else None,
+            modified_ns=file.status.st_mtime_ns,
+            backing_name=header.backing_name if header and not alone else None,
             backing_format=header.backing_format if isinstance(header, qcow2.Header) else None,
             written_by_other=written,
-            file_id=_file_id(opened.status),
+            file_id=file.identity,
         )
 
-    def _open_named(self, by: str, said: FileName, role: str, *, probed: bool) -> _Opened:
-        tried = list(_candidates(by, said, role))
+    def _open_named(self, by: str, said: FileName, role: str) -> File:
+        tried = _candidates(by, said)
         path = next((candidate for candidate in tried if os.path.lexists(candidate)), tried[0])
-        descriptor = gate.open_named_file(path, policy=self._policy, near=self._near, named_by=by, role=role)
-        return self._opened(descriptor, path, said, probed=probed)
+        self._warn_if_qemu_differs(by, said, path)
+        descriptor = self._gate.open_named_file(path, named_by=by, role=role)
+        return self._opened(descriptor, path, said)
 
-    def _opened(self, descriptor: int, path: str, said: FileName, *, probed: bool) -> _Opened:
-        source: Source = FileSource(descriptor, path)
-        self._loose.append(source)
-        if said.offset or said.size is not None:
-            try:
-                source = SliceSource(source, said.offset, said.size)
-            except ValueError as error:
-                raise SourceError(path, "its json: name asks for a window", "which lies past the file's end") from error
-        return _Opened(path=path, source=source, status=os.fstat(descriptor), descriptor=descriptor, probed=probed)
+    def _warn_if_qemu_differs(self, by: str, said: FileName, path: str) -> None:
+        """A file of that name in the working directory is what QEMU, started here, would take."""
+        here = None if said.relative_to_image else next(_absolute(said.path), None)
+        if here not in (None, path) and os.path.lexists(here) and not _same_file(here, path):
+            names = f"{printable(said.path)}: {printable(path)} is taken, QEMU would take {printable(here)}"
+            self.warnings.append(f"{printable(by)}: names {names} when it is started here")
 
-    def _trust(self, opened: _Opened) -> None:
-        """From now on follow names to the directory of `opened`, or, if it may lie, to no directory but the allowed."""
-        if opened.probed:
-            self._near.clear()
-        else:
-            self._near.append(os.path.dirname(os.path.realpath(opened.path)))
+    def _opened(self, descriptor: int, path: str, said: FileName | None = None) -> File:
+        window = (said.offset, said.size) if said else (0, None)
+        file = open_file(descriptor, path, offset=window[0], size=window[1])
+        self._loose.append(file)
+        return file
 
-    def _data_file(self, opened: _Opened, header: qcow2.Header | qcow1.Header | None) -> _Opened | None:
+    def _data_file(self, file: File, header: Header | None) -> File | None:
         if not isinstance(header, qcow2.Header) or not header.external_data:
             return None
         if header.snapshots_count:
-            raise UnsupportedImage(
-                opened.path, "internal snapshots with an external data file", "QEMU has no such images"
-            )
+            what = "internal snapshots with an external data file"
+            raise UnsupportedImage(file.path, what, "QEMU has no such images")
         if header.data_file_raw and header.backing_name is not None:
-            raise CorruptImage(opened.path, "a raw external data file", "with a backing file, which excludes it")
+            raise CorruptImage(file.path, "a raw external data file", "with a backing file, which excludes it")
         if header.data_file_name is None:
-            raise CorruptImage(opened.path, "its external data file has no name", "a header extension was expected")
-        said = filename.parse(header.data_file_name, opened.path)
-        return self._open_named(opened.path, said, "data file", probed=False)
+            raise CorruptImage(file.path, "its external data file has no name", "a header extension was expected")
+        return self._open_named(file.path, filename.parse_data_file_name(header.data_file_name, file.path), "data file")
 
-    def _probe_image(self, opened: _Opened) -> str:
-        data = _start(opened)
-        found = _magic_format(data)
+    def _probe_image(self, file: File) -> str:
+        data = file.start(raw.PROBE_LENGTH)
+        found = _magic_format(file, data)
         if found is not None:
             return found
-        foreign = raw.foreign_format(data)
-        if foreign is not None:
-            raise UnsupportedImage(opened.path, f"a {foreign} image", "qcow2, qcow and raw are supported")
-        why = "it is empty" if not data else "it starts like no known format"
-        raise NotAnImage(opened.path, "not a qcow2 image", why, hint="--image-format raw takes it for a raw disk")
+        why = "it starts like no known format" if data else "it is empty"
+        raise NotAnImage(file.path, "not a qcow2 image", why, hint="--image-format raw takes it for a raw disk")
 
-    def _probe_backing(self, overlay: Layer, opened: _Opened) -> str:
+    def _probe_backing(self, overlay: Layer, file: File) -> str:
         """Find a format that the overlay does not record; see docs/decisions/0002-gate-and-probing.md."""
-        data = _start(opened)
-        foreign = raw.foreign_format(data)
-        if foreign is not None:
-            raise UnsupportedImage(opened.path, f"a {foreign} image", "qcow2, qcow and raw are supported")
-        found = _magic_format(data) or "raw"
+        found = _magic_format(file, file.start(raw.PROBE_LENGTH)) or "raw"
         if isinstance(overlay.header, qcow2.Header):  # qcow version 1 has no place to record it
-            path = printable(opened.path)
+            path = printable(file.path)
             self.warnings.append(
                 f"{printable(overlay.path)}: records no format of its backing file: {path} looks {found}"
             )
         return found
 
-    def _written_by_other(self, opened: _Opened) -> bool:
+    def _written_by_other(self, file: File) -> bool:
         try:
             if self._lock:
-                return not hold_reader_locks(opened.descriptor)
-            return writer_present(opened.descriptor)
+                return not hold_reader_locks(file.descriptor)
+            return writer_present(file.descriptor)
         except LocksUnsupported:
-            path = printable(opened.path)
+            path = printable(file.path)
             self.warnings.append(f"{path}: its file system has no locks: nobody can tell whether it is being written")
         except OSError as error:
-            raise SourceError.from_oserror(opened.path, "cannot lock", error) from error
+            raise SourceError.from_oserror(file.path, "cannot lock", error) from error
         return False
 
     def _warn_about(self, layer: Layer) -> None:
@@ -282,20 +268,33 @@ class _Opener:
             self.warnings.append(f"{path}: was not closed cleanly: its refcounts may be stale, its data is right")
 
 
-def _candidates(by: str, said: FileName, role: str) -> Iterator[str]:
-    """Where `said` may be, in the order of trying: QEMU's place first, then the kinder ones.
+def _absolute(path: str) -> Iterator[str]:
+    """Yield an absolute path and change nothing else: before a ".." may come a symbolic link.
 
-    QEMU joins a relative backing name to the name the overlay was opened by, symbolic links unresolved, and looks for
-    relative data files, file: and json: names in the working directory. A working directory has nothing to do with an
-    image, so here the image's directory goes first for those.
+    Nothing is yielded where the working directory was deleted, so that no relative name leads anywhere.
+    """
+    with suppress(FileNotFoundError):
+        yield path if path.startswith("/") else os.path.join(os.getcwd(), path)
+
+
+def _candidates(by: str, said: FileName) -> list[str]:
+    """Return where `said` may be, in the order of trying: QEMU's place first, then the kinder ones.
+
+    QEMU joins a relative backing name to the name that the overlay was opened by, symbolic links unresolved, and looks
+    for relative data files, file: and json: names in the working directory. A working directory has nothing to do with
+    an image, so here the image's directory goes first for those.
     """
     if said.path.startswith("/"):
-        yield said.path
-        return
-    yield os.path.join(os.path.dirname(by), said.path)
-    yield os.path.join(os.path.dirname(os.path.realpath(by)), said.path)
-    if role == "data file" or not said.relative_to_image:
-        yield os.path.abspath(said.path)
+        return [said.path]
+    found = [os.path.join(os.path.dirname(place), said.path) for place in (by, os.path.realpath(by))]
+    return found if said.relative_to_image else [*found, *_absolute(said.path)]
+
+
+def _same_file(first: str, second: str) -> bool:
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False
 
 
 def _recorded_format(overlay: Layer) -> str | None:
@@ -305,35 +304,40 @@ def _recorded_format(overlay: Layer) -> str | None:
     if recorded in RAW_ALIASES:
         return "raw"
     if recorded not in FORMATS:
-        raise UnsupportedImage(
-            overlay.path, f"its backing file has the format {printable(recorded)}", "qcow2, qcow and raw are supported"
-        )
+        what = f"its backing file has the format {printable(recorded)}"
+        raise UnsupportedImage(overlay.path, what, SUPPORTED)
     return recorded
 
 
-def _read_header(source: Source, image_format: str) -> qcow2.Header | qcow1.Header | None:
-    if image_format == "qcow2":
-        return qcow2.read_header(source)
-    return qcow1.read_header(source) if image_format == "qcow" else None
+def _read_tables(source: Source, image_format: str, *, moving: bool) -> tuple[Header | None, Snapshots]:
+    """Return the header and the snapshots; `moving`: another process may be writing just these.
+
+    QEMU writes a new snapshot table, then the header that says where it is, and only then frees the old one. So a table
+    is whole if the header is the same before and after it was read.
+    """
+    if image_format != "qcow2":
+        return (qcow1.read_header(source) if image_format == "qcow" else None), ()
+    for _ in range(ATTEMPTS if moving else 0):
+        before = qcow2.read_header(source)
+        with suppress(CorruptImage):
+            snapshots = read_snapshots(source, before)
+            if before == qcow2.read_header(source):
+                return before, snapshots
+    header = qcow2.read_header(source)
+    snapshots = read_snapshots(source, header)
+    if moving:
+        raise SourceError(source.name, "cannot read its snapshot table", "it changes all the time", hint="try again")
+    return header, snapshots
 
 
-def _start(opened: _Opened) -> bytes:
-    try:
-        return opened.source.read_at(0, raw.PROBE_LENGTH)
-    except OSError as error:
-        raise SourceError.from_oserror(opened.path, "cannot read", error) from error
-
-
-def _magic_format(data: bytes) -> str | None:
+def _magic_format(file: File, data: bytes) -> str | None:
+    """Return the format that `data`, the start of `file`, says it is; None if it says nothing."""
+    foreign = raw.foreign_format(data)
+    if foreign is not None:
+        raise UnsupportedImage(file.path, f"a {foreign} image", SUPPORTED)
     if not data.startswith(qcow2.MAGIC):
         return None
     return "qcow" if data.startswith(qcow1.MAGIC) else "qcow2"
-
-
-def _file_id(status: os.stat_result) -> tuple[int, int]:
-    if stat.S_ISBLK(status.st_mode):  # two device nodes can be the same device
-        return -1, status.st_rdev
-    return status.st_dev, status.st_ino
 
 
 def _close(layer: Layer) -> None:

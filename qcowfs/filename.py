@@ -1,24 +1,25 @@
-"""The names that images hold for other files: which local path does a backing or data file name mean?
+"""The names that images hold for other files: what does the name of a backing file or a data file say?
 
-Used by chain. Pure but for looking whether a candidate exists. The rules are QEMU's (block.c, path_combine and
-path_has_protocol); where they differ from QEMU it is said. Any thread.
+Used by chain. The rules are QEMU's (block.c: path_has_protocol, parse_json_filename, bdrv_open_backing_file); where
+they differ from QEMU it is said. Nothing is opened or looked at here. Pure; any thread.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from qcowfs import limits
+from qcowfs import jsonname, limits
 from qcowfs.errors import CorruptImage, UnsupportedImage, printable
 
-__all__ = ["FileName", "parse"]
+__all__ = ["FORMATS", "FileName", "parse", "parse_data_file_name"]
 
-LOCAL_PROTOCOLS = ("file", "host_device")
 FORMATS = ("qcow2", "qcow", "raw")
+LOCAL_PROTOCOLS = ("file", "host_device")
+JSON = "json:"
+SECTOR = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +27,11 @@ class FileName:
     """What a name says.
 
     Attributes:
-        path: a local path as written, relative or absolute.
+        path: a local path as written, relative or absolute, never empty.
         relative_to_image: False for names that QEMU resolves against the working directory.
         format: the driver that a json: name asks for, None if it asks for none.
         offset, size: the window of the raw driver, in bytes; size None: up to the end.
+        alone: its own backing file is not to be opened ("backing": null).
     """
 
     path: str
@@ -37,88 +39,121 @@ class FileName:
     format: str | None = None
     offset: int = 0
     size: int | None = None
+    alone: bool = False
 
 
 def parse(name: bytes, image: str) -> FileName:
-    """Return what `name`, found in `image`, says.
+    """Return what the name of a backing file, found in `image`, says.
 
     Raises:
         UnsupportedImage: a protocol, driver or option that is not supported.
-        CorruptImage: a json: name that is not JSON, or not an object of strings and numbers.
+        CorruptImage: it cannot be a name at all.
     """
-    text = os.fsdecode(name)
-    if "\0" in text:
-        raise CorruptImage(image, "bad file name in the image", "it holds a NUL byte")
-    if text.startswith("json:"):
-        return _from_json(text[len("json:") :], image)
-    protocol, colon, rest = text.partition(":")
-    if not colon or "/" in protocol:
+    text = _text(name, image)
+    if text.startswith(JSON):
+        return _from_json(name[len(JSON) :], image)
+    protocol = _protocol(text)
+    if protocol is None:
         return FileName(path=text)
     if protocol not in LOCAL_PROTOCOLS:
-        raise UnsupportedImage(
-            image, f"it names {printable(text)}", f"the protocol {printable(protocol)} is not supported yet"
-        )
-    return FileName(path=rest, relative_to_image=False)
+        raise _unsupported(text, f"the protocol {printable(protocol)} is not supported yet", image)
+    return FileName(path=_text(name.partition(b":")[2], image), relative_to_image=False)
 
 
-def _from_json(text: str, image: str) -> FileName:
+def parse_data_file_name(name: bytes, image: str) -> FileName:
+    """Return what the name of an external data file, found in `image`, says: a path, and nothing else.
+
+    QEMU once took protocols and json: here as well, and one could name any file (CVE-2024-4467). Since then it takes
+    such a name for a path. Here it is refused: nobody has a data file called "json:{...}" in good faith.
+
+    Raises:
+        UnsupportedImage: it is more than a path.
+        CorruptImage: it cannot be a name at all.
+    """
+    text = _text(name, image)
+    if _protocol(text) is not None:
+        raise _unsupported(text, "a data file has a plain name, without a protocol", image)
+    return FileName(path=text, relative_to_image=False)
+
+
+def _text(name: bytes, image: str) -> str:
+    if not name or b"\0" in name:
+        raise CorruptImage(image, "bad file name in the image", "it holds a NUL byte" if name else "it is empty")
+    return os.fsdecode(name)
+
+
+def _protocol(text: str) -> str | None:
+    """Return what stands before the first colon, None where a slash comes first (path_has_protocol)."""
+    before, colon, _ = text.partition(":")
+    return before if colon and "/" not in before else None
+
+
+def _unsupported(text: str, why: str, image: str) -> UnsupportedImage:
+    shown = re.sub(r"//[^/@]*@", "//...@", text)  # a password in a URL does not belong into a log
+    return UnsupportedImage(image, f"it names {printable(shown)}", why)
+
+
+def _from_json(text: bytes, image: str) -> FileName:
     try:
-        if _depth(text) > limits.MAX_JSON_DEPTH:
-            raise ValueError("nested too deep")
-        tree = json.loads(text)
+        options = jsonname.parse(text)
     except (ValueError, RecursionError) as error:
-        raise CorruptImage(image, "bad json: name in the image", printable(str(error))) from error
-    if not isinstance(tree, dict):
-        raise CorruptImage(image, "bad json: name in the image", "not an object")
-    return _from_options(_flat(tree), image)
+        raise _bad(printable(str(error)), image) from error
+    return _Options(options, image).file_name()
 
 
-def _depth(text: str) -> int:
-    """An upper bound of how deep `text` nests, without recursion: brackets inside strings count too."""
-    return max(text.count("{"), text.count("["))
+def _bad(why: str, image: str) -> CorruptImage:
+    return CorruptImage(image, "bad json: name in the image", why)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"file": {"filename": x}} and {"file.filename": x} are the same to QEMU."""
-    options: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            options |= _flat(value, f"{prefix}{key}.")
-        else:
-            options[prefix + key] = value
-    return options
+class _Options:
+    """The options of a json: name, taken one after the other; what is left in the end is not supported."""
 
+    def __init__(self, options: dict[str, Any], image: str) -> None:
+        self._left = options
+        self._image = image
 
-def _from_options(options: dict[str, Any], image: str) -> FileName:
-    driver = options.pop("driver", None)
-    if driver in LOCAL_PROTOCOLS:  # a protocol node by itself: its format is found as if it were a plain name
-        options = {f"file.{key}": value for key, value in options.items()}
-        driver = None
-    elif driver is not None and driver not in FORMATS:
-        raise _unsupported(image, f"the driver {printable(str(driver))}")
-    protocol = options.pop("file.driver", "file")
-    if protocol not in LOCAL_PROTOCOLS:
-        raise _unsupported(image, f"the driver {printable(str(protocol))}")
-    path = options.pop("file.filename", None)
-    if not isinstance(path, str):
-        raise CorruptImage(image, "bad json: name in the image", "no file.filename")
-    offset, size = (
-        _number(options.pop(key, None), key, image) if driver == "raw" else None for key in ("offset", "size")
-    )
-    if options:
-        raise _unsupported(image, f"the option {printable(min(options))}")
-    return FileName(path=path, relative_to_image=False, format=driver, offset=offset or 0, size=size)
+    def file_name(self) -> FileName:
+        driver = self._format()
+        protocol = self._left.pop("file.driver", "file")
+        if protocol not in LOCAL_PROTOCOLS:
+            raise self._refused(f"the driver {printable(str(protocol))}")
+        path = self._left.pop("file.filename", None)
+        if not isinstance(path, str) or not path:
+            raise _bad("no file.filename", self._image)
+        offset, size = (self._number(key) if driver == "raw" else None for key in ("offset", "size"))
+        alone = self._without_backing()
+        if self._left:
+            raise self._refused(f"the option {printable(min(self._left))}")
+        if size is not None and size % SECTOR:
+            raise _bad(f"size is {size}, a multiple of {SECTOR} was expected", self._image)
+        return FileName(path=path, relative_to_image=False, format=driver, offset=offset or 0, size=size, alone=alone)
 
+    def _format(self) -> str | None:
+        """Take the driver. A protocol's driver by itself has no format above it: the bytes as they are."""
+        driver = self._left.pop("driver", None)
+        if driver in LOCAL_PROTOCOLS:
+            self._left = {f"file.{key}": value for key, value in self._left.items()} | {"file.driver": driver}
+            return "raw"
+        if driver is not None and driver not in FORMATS:
+            raise self._refused(f"the driver {printable(str(driver))}")
+        return None if driver is None else str(driver)
 
-def _number(value: Any, key: str, image: str) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        value = int(value[:20])
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limits.MAX_VIRTUAL_SIZE:
-        raise CorruptImage(image, "bad json: name in the image", f"{key} is {printable(str(value)[:40])}")
-    return value
+    def _number(self, key: str) -> int | None:
+        value = self._left.pop(key, None)
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+            value = int(value)
+        if value is None or (type(value) is int and 0 <= value <= limits.MAX_VIRTUAL_SIZE):
+            return value
+        raise _bad(f"{key} is {printable(str(value)[:40])}", self._image)
 
+    def _without_backing(self) -> bool:
+        """`"backing": null` is the one thing that may be said of it; another backing file may not be put in here."""
+        if self._left.get("backing", ...) is None:
+            del self._left["backing"]
+            return True
+        return False
 
-def _unsupported(image: str, what: str) -> UnsupportedImage:
-    return UnsupportedImage(image, "its json: name is not supported", f"{what} is not among those that are known")
+    def _refused(self, what: str) -> UnsupportedImage:
+        return UnsupportedImage(
+            self._image, "its json: name is not supported", f"{what} is not among those that are known"
+        )

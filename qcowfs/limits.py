@@ -7,12 +7,16 @@ refused. Sizes are in bytes.
 
 MAX_CHAIN_DEPTH = 256  # layers of one chain; libvirt stops at 200, and each open layer costs a descriptor
 MAX_BACKING_NAME = 1023  # QEMU: bytes of a backing file name
+MAX_BACKING_FORMAT = 15  # QEMU: bytes of a recorded format name
+MAX_DATA_FILE_NAME = 8192  # a path of 4096 with a json: object around it; QEMU takes what fits into a cluster
 MAX_JSON_DEPTH = 16  # nested objects of one json: name; QEMU's own names nest 3 or 4 deep
+MAX_CONFIGURATION = 1 << 16  # characters of a configuration file: a list of directories, by a person
 
 MIN_CLUSTER_BITS = 9  # QEMU: 512 B
 MAX_CLUSTER_BITS = 21  # QEMU: 2 MiB
 MIN_CLUSTER_BITS_EXTENDED_L2 = 14  # QEMU: a subcluster is 1/32 of a cluster and at least 512 B
 MAX_REFCOUNT_ORDER = 6  # specification: 64-bit refcounts
+MAX_HOST_OFFSET = (1 << 63) - (1 << 30)  # QEMU: the longest file, and so where every table has to end
 MAX_VIRTUAL_SIZE = 1 << 62  # file offsets are signed 64-bit; QEMU's own limit is lower still (the L1 cap)
 
 MAX_L1_SIZE = 32 << 20  # QEMU: one L1 table, active or of a snapshot
@@ -21,8 +25,9 @@ MAX_SNAPSHOTS = 65536  # QEMU
 MAX_SNAPSHOT_TABLE_SIZE = 64 << 20  # QEMU: the whole snapshot table
 MAX_SNAPSHOT_EXTRA_SIZE = 1024  # QEMU: extra data of one entry
 MAX_BITMAPS = 65535  # QEMU
-MAX_BITMAP_DIRECTORY_SIZE = MAX_BITMAPS * 1024 + (1 << 20)  # QEMU allows 1 KiB of name and extra data an entry
-MAX_BITMAP_TABLE_ENTRIES = (32 << 20) // 8  # QEMU: 32 MiB of table a bitmap
+MAX_BITMAP_DIRECTORY_SIZE = MAX_BITMAPS * 1024  # QEMU
+MAX_BITMAP_NAME = 1023  # specification
+MAX_BITMAP_SIZE = 512 << 20  # QEMU: bytes of the bits of one bitmap
 MIN_BITMAP_GRANULARITY_BITS = 9  # QEMU
 MAX_BITMAP_GRANULARITY_BITS = 31  # QEMU
 MAX_FEATURE_NAMES = 192  # 3 kinds of 64 bits each; more cannot name anything new
@@ -31,6 +36,7 @@ MIN_QCOW1_CLUSTER_BITS = 9  # QEMU
 MAX_QCOW1_CLUSTER_BITS = 16  # QEMU
 MIN_QCOW1_L2_BITS = 6  # QEMU: 9 - 3
 MAX_QCOW1_L2_BITS = 13  # QEMU: 16 - 3
+MAX_QCOW1_L1_SIZE = 256 << 20  # 64 TiB as QEMU makes them; it opens eight times that, and reads all of it first
 
 DEFAULT_CACHE_SIZE = 32 << 20  # L1/L2 slices and decompressed clusters of one mount, all points together
 TABLE_SLICE_SIZE = 4096  # tables are read and cached in such slices: a random read of a huge image costs no more

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Header", "read_header"]
 
-MAGIC = b"QFI\xfb\x00\x00\x00\x01"
+MAGIC = b"QFI\xfb\x00\x00\x00\x01"  # and the version, which the format is known by
 LENGTH = 48
 
 
@@ -61,7 +61,8 @@ def read_header(source: Source) -> Header:
     if data[:8] != MAGIC:
         raise NotAnImage(source.name, "not a qcow image", "it does not start with QFI\\xfb and version 1")
     if len(data) < LENGTH:
-        raise CorruptImage(source.name, "the header is cut off", f"{len(data)} bytes, a header has {LENGTH}")
+        why = f"it ends at {len(data):#x}, {LENGTH:#x} bytes were expected: the image is truncated"
+        raise CorruptImage(source.name, "the header is cut off", why)
     backing_offset, backing_length, _mtime, size, cluster_bits, l2_bits, crypt_method, l1_offset = struct.unpack(
         ">QIIQBBxxIQ", data[8:]
     )
@@ -87,11 +88,13 @@ def _check(source: Source, size: int, cluster_bits: int, l2_bits: int, crypt_met
         expected = f"{limits.MIN_QCOW1_L2_BITS} to {limits.MAX_QCOW1_L2_BITS}"
         raise CorruptImage(source.name, "bad l2_bits", f"{l2_bits} at 0x21, {expected} was expected")
     if crypt_method > 1:
-        raise UnsupportedImage(source.name, f"encryption method {crypt_method}", "0 and 1 are known")
-    entries = -(-size // (1 << (cluster_bits + l2_bits)))
-    if entries * 8 > limits.MAX_L1_SIZE:
-        raise CorruptImage(source.name, "bad size", f"{size:#x} at 0x18 needs an L1 table of {entries} entries")
-    if l1_offset >= limits.MAX_VIRTUAL_SIZE:
+        raise UnsupportedImage(
+            source.name, "encryption method", f"{crypt_method} at 0x24; 0 (none) and 1 (AES) are known"
+        )
+    length = -(-size // (1 << (cluster_bits + l2_bits))) * 8
+    if length > limits.MAX_QCOW1_L1_SIZE:
+        raise CorruptImage(source.name, "bad size", f"{size:#x} at 0x18 needs an L1 table of {length:#x} bytes")
+    if l1_offset + length > limits.MAX_HOST_OFFSET:
         raise CorruptImage(source.name, "bad l1_table_offset", f"{l1_offset:#x} at 0x28 is beyond what a file can have")
 
 
@@ -99,13 +102,15 @@ def _backing_name(source: Source, offset: int, length: int) -> bytes | None:
     if not offset:
         return None
     if length > limits.MAX_BACKING_NAME:
-        raise CorruptImage(source.name, "bad backing_file_size", f"{length} at 0x10, at most {limits.MAX_BACKING_NAME}")
-    if offset >= limits.MAX_VIRTUAL_SIZE:
-        raise CorruptImage(source.name, "bad backing_file_offset", f"{offset:#x} at 0x8")
+        why = f"{length} at 0x10, at most {limits.MAX_BACKING_NAME} was expected"
+        raise CorruptImage(source.name, "bad backing_file_size", why)
+    if offset + length > limits.MAX_HOST_OFFSET:
+        raise CorruptImage(source.name, "bad backing_file_offset", f"{offset:#x} at 0x8 is beyond what a file can have")
     name = _read(source, offset, length)
     if len(name) < length:
-        raise CorruptImage(source.name, "bad backing file name", "it lies past the end of the file")
-    return name or None
+        why = f"it lies past the end of the file, at {offset:#x}: the image is truncated"
+        raise CorruptImage(source.name, "bad backing file name", why)
+    return name.partition(b"\0")[0] or None  # QEMU reads it as a C string
 
 
 def _read(source: Source, offset: int, length: int) -> bytes:

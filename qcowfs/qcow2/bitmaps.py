@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qcowfs import limits
-from qcowfs.errors import CorruptImage, SourceError
-from qcowfs.qcow2.header import Header
+from qcowfs.errors import CorruptImage, SourceError, printable
+from qcowfs.qcow2.header import BitmapsExtension, Header
 
 if TYPE_CHECKING:
     from qcowfs._source import Source
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Bitmap", "read_bitmaps"]
 
 FIXED = struct.Struct(">QIIBBHI")
-IN_USE, AUTO = range(2)  # flag bits
+IN_USE, AUTO, EXTRA_DATA_COMPATIBLE = range(3)  # flag bits
+KNOWN_FLAGS = 0b111
 DIRTY_TRACKING = 1  # the only type there is
 
 
@@ -29,8 +30,10 @@ class Bitmap:
     """One entry of the directory, as stored.
 
     Attributes:
+        table_offset, table_entries: where its table is, in bytes and in entries of 8 bytes.
         granularity_bits: log2 of the bytes of disk that one bit stands for.
-        consistent: the bits can be trusted: nobody who does not know bitmaps wrote the image, and it was closed.
+        consistent: the bits can be trusted: nobody who does not know bitmaps wrote the image, it was closed, and the
+            entry holds nothing that would have to be understood first.
     """
 
     name: bytes
@@ -59,69 +62,121 @@ class Bitmap:
 def read_bitmaps(source: Source, header: Header) -> tuple[Bitmap, ...]:
     """Read and check the bitmap directory; () if there is none.
 
+    A directory that somebody left behind who does not know bitmaps is read too, as inconsistent, if it is whole still:
+    its clusters may have got another use since, so its being broken is no fault of the image.
+
     Raises:
         CorruptImage: an entry breaks its rule, or the directory exceeds its cap or the file.
         SourceError: it cannot be read.
     """
-    extension = header.bitmaps
-    if extension is None:
+    if header.bitmaps is None:
         return ()
-    if not 1 <= extension.count <= limits.MAX_BITMAPS:
-        raise _corrupt(source, 0, f"{extension.count} bitmaps, 1 to {limits.MAX_BITMAPS} were expected")
-    if extension.directory_size > limits.MAX_BITMAP_DIRECTORY_SIZE:
-        raise _corrupt(source, extension.directory_offset, f"{extension.directory_size} bytes are too many")
-    if extension.directory_offset % header.cluster_size or extension.directory_offset >= limits.MAX_VIRTUAL_SIZE:
-        raise _corrupt(source, extension.directory_offset, "its offset is not aligned to a cluster")
-    data = _read(source, extension.directory_offset, extension.directory_size)
-    return _entries(source, header, extension.count, data)
-
-
-def _entries(source: Source, header: Header, count: int, data: bytes) -> tuple[Bitmap, ...]:
-    found: list[Bitmap] = []
-    place = 0
-    while place < len(data):  # every entry has a fixed part
-        entry, length = _entry(source, header, data, place)
-        found.append(entry)
-        place += -(-length // 8) * 8
-    if len(found) != count:
-        raise _corrupt(source, place, f"{len(found)} entries, the header says {count}")
-    return tuple(found)
-
-
-def _entry(source: Source, header: Header, data: bytes, place: int) -> tuple[Bitmap, int]:
-    if place + FIXED.size > len(data):
-        raise _corrupt(source, place, "an entry is cut off")
-    offset, entries, flags, kind, granularity_bits, name_length, extra_length = FIXED.unpack_from(data, place)
-    length = FIXED.size + extra_length + name_length
-    if place + length > len(data):
-        raise _corrupt(source, place, f"an entry of {length} bytes does not fit")
-    if kind != DIRTY_TRACKING:
-        raise _corrupt(source, place, f"type {kind}, {DIRTY_TRACKING} was expected")
-    if not limits.MIN_BITMAP_GRANULARITY_BITS <= granularity_bits <= limits.MAX_BITMAP_GRANULARITY_BITS:
-        raise _corrupt(source, place, f"granularity_bits {granularity_bits}")
-    if entries > limits.MAX_BITMAP_TABLE_ENTRIES or offset % header.cluster_size:
-        raise _corrupt(source, place, f"a bitmap table of {entries} entries at {offset:#x}")
-    end = place + length
-    bitmap = Bitmap(
-        name=data[end - name_length : end],
-        table_offset=offset,
-        table_entries=entries,
-        flags=flags,
-        granularity_bits=granularity_bits,
-        consistent=header.bitmaps_valid and not flags >> IN_USE & 1,
-    )
-    return bitmap, length
-
-
-def _read(source: Source, offset: int, length: int) -> bytes:
     try:
-        data = source.read_at(offset, length)
-    except OSError as error:
-        raise SourceError.from_oserror(source.name, "cannot read the bitmap directory", error) from error
-    if len(data) < length:
-        raise _corrupt(source, offset, "it lies past the end of the file: the image is truncated")
-    return data
+        return _Directory(source, header, header.bitmaps).entries()
+    except CorruptImage:
+        if header.bitmaps_valid:
+            raise
+        return ()
 
 
-def _corrupt(source: Source, place: int, why: str) -> CorruptImage:
-    return CorruptImage(source.name, f"bad bitmap directory at {place:#x}", why)
+class _Directory:
+    """The directory's bytes, and the checks of its entries."""
+
+    def __init__(self, source: Source, header: Header, extension: BitmapsExtension) -> None:
+        self._source = source
+        self._header = header
+        self._start = extension.directory_offset
+        self._count = extension.count
+        self._check_extension(extension)
+        self._data = self._read(extension.directory_size)
+
+    def entries(self) -> tuple[Bitmap, ...]:
+        found: dict[bytes, Bitmap] = {}
+        place = 0
+        while place < len(self._data):  # every entry has a fixed part
+            bitmap, length = self._entry(place)
+            if bitmap.name in found:
+                raise self._corrupt(place, f"a second bitmap with the name {printable(bitmap.name)}")
+            found[bitmap.name] = bitmap
+            place += length
+        if len(found) != self._count:
+            raise self._corrupt(place, f"{len(found)} entries, the header extension says {self._count}")
+        return tuple(found.values())
+
+    def _corrupt(self, place: int, why: str) -> CorruptImage:
+        return CorruptImage(self._source.name, f"bad bitmap directory at {self._start + place:#x}", why)
+
+    def _check_extension(self, extension: BitmapsExtension) -> None:
+        if not 1 <= extension.count <= limits.MAX_BITMAPS:
+            raise self._corrupt(0, f"{extension.count} bitmaps, 1 to {limits.MAX_BITMAPS} were expected")
+        if extension.reserved:
+            raise self._corrupt(0, f"the reserved field is {extension.reserved:#x}, 0 was expected")
+        if not 1 <= extension.directory_size <= limits.MAX_BITMAP_DIRECTORY_SIZE:
+            why = f"{extension.directory_size} bytes, 1 to {limits.MAX_BITMAP_DIRECTORY_SIZE} were expected"
+            raise self._corrupt(0, why)
+        self._check_offset(0, "the directory", self._start, extension.directory_size)
+
+    def _check_offset(self, place: int, what: str, offset: int, length: int) -> None:
+        if not offset or offset % self._header.cluster_size:
+            why = f"a multiple of the cluster size {self._header.cluster_size:#x} was expected"
+            raise self._corrupt(place, f"{what} is at {offset:#x}, {why}")
+        if offset + length > limits.MAX_HOST_OFFSET:
+            raise self._corrupt(place, f"{what} is at {offset:#x}, beyond what a file can have")
+
+    def _read(self, length: int) -> bytes:
+        try:
+            data = self._source.read_at(self._start, length)
+        except OSError as error:
+            raise SourceError.from_oserror(self._source.name, "cannot read the bitmap directory", error) from error
+        if len(data) < length:
+            raise self._corrupt(0, "it lies past the end of the file: the image is truncated")
+        return data
+
+    def _entry(self, place: int) -> tuple[Bitmap, int]:
+        """Return the entry at `place`, and its length with the padding."""
+        if place + FIXED.size > len(self._data):
+            why = f"{len(self._data) - place} bytes are left, an entry of {FIXED.size} was expected"
+            raise self._corrupt(place, why)
+        offset, entries, flags, kind, granularity_bits, name_length, extra_length = FIXED.unpack_from(self._data, place)
+        end = place + FIXED.size + extra_length + name_length
+        padded = end + -end % 8
+        if padded > len(self._data):
+            raise self._corrupt(place, f"an entry of {padded - place} bytes does not fit")
+        if kind != DIRTY_TRACKING:
+            raise self._corrupt(place, f"type {kind}, {DIRTY_TRACKING} was expected")
+        if flags & ~KNOWN_FLAGS:
+            raise self._corrupt(place, f"flags {flags:#x}, at most {KNOWN_FLAGS:#x} was expected")
+        if name_length > limits.MAX_BITMAP_NAME:
+            raise self._corrupt(place, f"a name of {name_length} bytes, at most {limits.MAX_BITMAP_NAME} were expected")
+        bitmap = Bitmap(
+            name=self._data[end - name_length : end],
+            table_offset=offset,
+            table_entries=entries,
+            flags=flags,
+            granularity_bits=granularity_bits,
+            consistent=self._header.bitmaps_valid and self._trustworthy(flags, extra_length),
+        )
+        self._check_table(place, bitmap)
+        return bitmap, padded - place
+
+    @staticmethod
+    def _trustworthy(flags: int, extra_length: int) -> bool:
+        """Extra data is not known here, as in QEMU; the specification has a flag that says whether it matters."""
+        return not flags >> IN_USE & 1 and (not extra_length or bool(flags >> EXTRA_DATA_COMPATIBLE & 1))
+
+    def _check_table(self, place: int, bitmap: Bitmap) -> None:
+        bits, smallest, largest = (
+            bitmap.granularity_bits,
+            limits.MIN_BITMAP_GRANULARITY_BITS,
+            limits.MAX_BITMAP_GRANULARITY_BITS,
+        )
+        if not smallest <= bits <= largest:
+            raise self._corrupt(place, f"granularity_bits {bits}, {smallest} to {largest} was expected")
+        most = limits.MAX_BITMAP_SIZE // self._header.cluster_size
+        if not 1 <= bitmap.table_entries <= most:
+            raise self._corrupt(place, f"a table of {bitmap.table_entries} entries, 1 to {most} were expected")
+        self._check_offset(place, "a bitmap table", bitmap.table_offset, bitmap.table_entries * 8)
+        needed = -(-self._header.virtual_size // (self._header.cluster_size * 8 << bits))
+        if bitmap.consistent and bitmap.table_entries != needed:
+            why = f"a table of {bitmap.table_entries} entries, {needed} were expected for the virtual size"
+            raise self._corrupt(place, why)

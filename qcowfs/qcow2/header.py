@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,16 +35,21 @@ BITMAPS_VALID, RAW_EXTERNAL_DATA = range(2)  # autoclear feature bits
 END = 0x00000000
 BACKING_FORMAT = 0xE2792ACA
 FEATURE_NAMES = 0x6803F857
+CRYPTO = 0x0537BE77
 BITMAPS = 0x23852875
 DATA_FILE = 0x44415441
+KNOWN_EXTENSIONS = frozenset({BACKING_FORMAT, FEATURE_NAMES, CRYPTO, BITMAPS, DATA_FILE})
+LUKS = 2  # encryption method
 INCOMPATIBLE = 0  # kind of feature in the feature name table; 1 compatible, 2 autoclear
+FIRST_READ = 4096  # bytes: a header and its extensions seldom have more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitmapsExtension:
-    """Where the bitmap directory is; offsets and sizes in bytes."""
+    """Where the bitmap directory is, as stored and not checked yet; offsets and sizes in bytes."""
 
     count: int
+    reserved: int
     directory_size: int
     directory_offset: int
 
@@ -113,7 +119,7 @@ class Header:
     @property
     def data_file_raw(self) -> bool:
         """The external data file is the whole disk by itself."""
-        return bool(self.autoclear >> RAW_EXTERNAL_DATA & 1) and self.external_data
+        return bool(self.autoclear >> RAW_EXTERNAL_DATA & 1)
 
     @property
     def extended_l2(self) -> bool:
@@ -157,7 +163,7 @@ def read_header(source: Source) -> Header:
     Raises:
         NotAnImage: it does not start with qcow2's magic.
         CorruptImage: a field breaks its rule or exceeds its cap.
-        UnsupportedImage: a version or an incompatible feature that is not known.
+        UnsupportedImage: a version, an incompatible feature, an encryption or a compression that is not known.
         SourceError: it cannot be read.
     """
     return _Parser(source).header()
@@ -189,42 +195,51 @@ class _Fixed(NamedTuple):
 
 
 class _Parser:
-    """The header's bytes, and the checks in the order in which fields depend on each other."""
+    """The bytes from the start of the image, and the checks in the order in which fields depend on each other."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._data = self._read(0, COMPRESSION_TYPE_OFFSET + 8)
+        self._data = self._read(FIRST_READ)
 
     def header(self) -> Header:
         fixed = self._fixed(self._version())
         self._check_geometry(fixed)
-        extensions = dict(self._extensions(fixed.header_length, self._extensions_end(fixed)))
-        names = _feature_names(extensions.get(FEATURE_NAMES, b""))
-        self._check_features(fixed, names)
+        end = self._extensions_end(fixed)
+        self._check_features(fixed, end)
         self._check_tables(fixed)
+        extensions = dict(self._extensions(fixed.header_length, end))
+        self._check_crypto(fixed, extensions.get(CRYPTO))
         stored = {name: getattr(fixed, name) for name in _Fixed._fields if not name.startswith("backing_")}
         return Header(
             **stored,
             zstd=self._zstd(fixed),
             backing_name=self._backing_name(fixed),
-            backing_format=extensions.get(BACKING_FORMAT) or None,
-            data_file_name=extensions.get(DATA_FILE) or None,
+            backing_format=self._text(extensions, BACKING_FORMAT, "backing format", limits.MAX_BACKING_FORMAT),
+            data_file_name=self._text(extensions, DATA_FILE, "data file name", limits.MAX_DATA_FILE_NAME),
             bitmaps=self._bitmaps(extensions.get(BITMAPS)),
-            feature_names=names,
+            feature_names=_feature_names(extensions.get(FEATURE_NAMES, b"")),
         )
 
-    def _read(self, offset: int, length: int) -> bytes:
+    def _read(self, length: int) -> bytes:
         try:
-            return self._source.read_at(offset, length)
+            return self._source.read_at(0, length)
         except OSError as error:
             raise SourceError.from_oserror(self._source.name, "cannot read the header", error) from error
 
     def _corrupt(self, what: str, why: str) -> CorruptImage:
         return CorruptImage(self._source.name, what, why)
 
+    def _take(self, offset: int, length: int) -> bytes:
+        """Return bytes of the first cluster. QEMU reads zeros past the end of a file; here that is an error."""
+        if offset + length > len(self._data):
+            self._data = self._read(max(offset + length, 2 * len(self._data)))
+        self._require_length(offset + length)
+        return self._data[offset : offset + length]
+
     def _require_length(self, length: int) -> None:
         if len(self._data) < length:
-            raise self._corrupt("the header is cut off", f"{len(self._data)} bytes, {length} were expected")
+            why = f"it ends at {len(self._data):#x}, {length:#x} bytes were expected: the image is truncated"
+            raise self._corrupt("the header is cut off", why)
 
     def _version(self) -> int:
         if self._data[:4] != MAGIC:
@@ -252,9 +267,9 @@ class _Parser:
         self._check_range("refcount_order", 0x60, fixed.refcount_order, 0, limits.MAX_REFCOUNT_ORDER)
         self._check_range("size", 0x18, fixed.size, 0, limits.MAX_VIRTUAL_SIZE)
         self._check_range("header_length", 0x64, fixed.header_length, 0, 1 << fixed.cluster_bits)
-        if fixed.crypt_method > 2:
-            why = "0 (none), 1 (AES) and 2 (LUKS) are known"
-            raise UnsupportedImage(self._source.name, f"encryption method {fixed.crypt_method}", why)
+        if fixed.crypt_method > LUKS:
+            why = f"{fixed.crypt_method} at 0x20; 0 (none), 1 (AES) and 2 (LUKS) are known"
+            raise UnsupportedImage(self._source.name, "encryption method", why)
 
     def _check_range(self, name: str, place: int, value: int, smallest: int, largest: int) -> None:
         if not smallest <= value <= largest:
@@ -266,17 +281,19 @@ class _Parser:
         needed = -(-fixed.size // reach)
         most_clusters = limits.MAX_REFCOUNT_TABLE_SIZE // cluster_size
         self._check_range("l1_size", 0x24, fixed.l1_entries, needed, limits.MAX_L1_SIZE // 8)
-        self._check_aligned("l1_table_offset", 0x28, fixed.l1_offset, cluster_size)
+        self._check_offset("l1_table_offset", 0x28, fixed.l1_offset, cluster_size, fixed.l1_entries * 8)
         self._check_range("refcount_table_clusters", 0x38, fixed.refcount_table_clusters, 1, most_clusters)
-        self._check_aligned("refcount_table_offset", 0x30, fixed.refcount_table_offset, cluster_size)
+        length = fixed.refcount_table_clusters * cluster_size
+        self._check_offset("refcount_table_offset", 0x30, fixed.refcount_table_offset, cluster_size, length)
         self._check_range("nb_snapshots", 0x3C, fixed.snapshots_count, 0, limits.MAX_SNAPSHOTS)
-        if fixed.snapshots_count:
-            self._check_aligned("snapshots_offset", 0x40, fixed.snapshots_offset, cluster_size)
+        self._check_offset("snapshots_offset", 0x40, fixed.snapshots_offset, cluster_size, fixed.snapshots_count * 40)
 
-    def _check_aligned(self, name: str, place: int, offset: int, cluster_size: int) -> None:
+    def _check_offset(self, name: str, place: int, offset: int, cluster_size: int, length: int) -> None:
+        """Check where a table of `length` bytes is; QEMU does so for empty ones too."""
         if offset % cluster_size:
-            raise self._corrupt(f"bad {name}", f"{offset:#x} at {place:#x} is not aligned to a cluster")
-        if offset >= limits.MAX_VIRTUAL_SIZE:
+            why = f"{offset:#x} at {place:#x}, a multiple of the cluster size {cluster_size:#x} was expected"
+            raise self._corrupt(f"bad {name}", why)
+        if offset + length > limits.MAX_HOST_OFFSET:
             raise self._corrupt(f"bad {name}", f"{offset:#x} at {place:#x} is beyond what a file can have")
 
     def _extensions_end(self, fixed: _Fixed) -> int:
@@ -290,38 +307,69 @@ class _Parser:
         return fixed.backing_offset
 
     def _extensions(self, offset: int, end: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (type, data); each turn goes on by at least 8 bytes."""
-        area = self._read(0, end)
-        while offset + 8 <= end:
-            kind, length = struct.unpack(">II", area[offset : offset + 8].ljust(8, b"\0"))
-            if kind == END:
-                return
+        """Yield (type, data) of the known ones; each turn goes on by at least 8 bytes."""
+        while offset < end:
+            if end - offset < 8:
+                why = f"{end - offset} bytes are left at {offset:#x}, 8 were expected"
+                raise self._corrupt("bad header extension", why)
+            kind, length = struct.unpack(">II", self._take(offset, 8))
             offset += 8
             if length > end - offset:
-                why = f"type {kind:#010x} at {offset - 8:#x}: {length} bytes do not fit"
+                why = f"type {kind:#010x} at {offset - 8:#x} has {length} bytes, at most {end - offset} were expected"
                 raise self._corrupt("bad header extension", why)
-            yield kind, area[offset : offset + length]
+            if kind == END:
+                return
+            if kind in KNOWN_EXTENSIONS:
+                yield kind, self._take(offset, length)
             offset += -(-length // 8) * 8
 
-    def _check_features(self, fixed: _Fixed, names: Mapping[tuple[int, int], str]) -> None:
+    def _check_features(self, fixed: _Fixed, end: int) -> None:
         unknown = [bit for bit in range(64) if (fixed.incompatible & ~KNOWN_INCOMPATIBLE) >> bit & 1]
         if unknown:
-            told = ", ".join(printable(names.get((INCOMPATIBLE, bit), f"bit {bit}")) for bit in unknown)
-            raise UnsupportedImage(self._source.name, "incompatible features that are not known", told)
+            names = self._names_in_spite_of_errors(fixed.header_length, end)
+            told = ", ".join(printable(names.get((INCOMPATIBLE, bit)) or f"bit {bit}") for bit in unknown)
+            why = f"{told} ({fixed.incompatible:#x} at 0x48)"
+            raise UnsupportedImage(self._source.name, "incompatible features that are not known", why)
+        if fixed.autoclear >> RAW_EXTERNAL_DATA & 1 and not fixed.incompatible_bit(EXTERNAL_DATA):
+            why = f"{fixed.autoclear:#x} at 0x58 says that the data file is raw, but there is no data file"
+            raise self._corrupt("bad autoclear_features", why)
+
+    def _names_in_spite_of_errors(self, offset: int, end: int) -> Mapping[tuple[int, int], str]:
+        """Return the names of features: the unknown one may be what makes other extensions look wrong."""
+        names: Mapping[tuple[int, int], str] = {}
+        with suppress(CorruptImage):
+            for kind, data in self._extensions(offset, end):
+                names = _feature_names(data) if kind == FEATURE_NAMES else names
+        return names
+
+    def _check_crypto(self, fixed: _Fixed, data: bytes | None) -> None:
+        if data is None:
+            return
+        what = "bad encryption header extension"
+        if fixed.crypt_method != LUKS:
+            raise self._corrupt(what, f"crypt_method is {fixed.crypt_method} at 0x20, 2 was expected with it")
+        if len(data) != 16:
+            raise self._corrupt(what, f"{len(data)} bytes, 16 were expected")
+        offset, length = struct.unpack(">QQ", data)
+        if offset % (1 << fixed.cluster_bits) or offset + length > limits.MAX_HOST_OFFSET:
+            raise self._corrupt(what, f"it says {length:#x} bytes at {offset:#x}, which cannot be")
 
     def _backing_name(self, fixed: _Fixed) -> bytes | None:
-        if not fixed.backing_offset or not fixed.backing_length:
+        if not fixed.backing_offset:
             return None
-        name = self._read(fixed.backing_offset, fixed.backing_length)
-        if len(name) < fixed.backing_length:
-            raise self._corrupt("bad backing file name", "it lies past the end of the file")
-        return name
+        return _c_string(self._take(fixed.backing_offset, fixed.backing_length))
+
+    def _text(self, extensions: Mapping[int, bytes], kind: int, name: str, most: int) -> bytes | None:
+        data = extensions.get(kind, b"")
+        if len(data) > most:
+            raise self._corrupt(f"bad {name} extension", f"{len(data)} bytes, at most {most} were expected")
+        return _c_string(data)
 
     def _zstd(self, fixed: _Fixed) -> bool:
-        present = fixed.header_length > COMPRESSION_TYPE_OFFSET and len(self._data) > COMPRESSION_TYPE_OFFSET
-        kind = self._data[COMPRESSION_TYPE_OFFSET] if present else 0
+        kind = self._take(COMPRESSION_TYPE_OFFSET, 1)[0] if fixed.header_length > COMPRESSION_TYPE_OFFSET else 0
         if kind > 1:
-            raise UnsupportedImage(self._source.name, f"compression type {kind}", "0 (zlib) and 1 (zstd) are known")
+            why = f"{kind} at 0x68; 0 (zlib) and 1 (zstd) are known"
+            raise UnsupportedImage(self._source.name, "compression type", why)
         if fixed.incompatible_bit(COMPRESSION_TYPE) != bool(kind):
             raise self._corrupt("bad compression type", f"{kind} at 0x68 and incompatible feature bit 3 disagree")
         return kind == 1
@@ -331,13 +379,19 @@ class _Parser:
             return None
         if len(data) != 24:
             raise self._corrupt("bad bitmaps extension", f"{len(data)} bytes, 24 were expected")
-        count, _, size, offset = struct.unpack(">IIQQ", data)
-        return BitmapsExtension(count=count, directory_size=size, directory_offset=offset)
+        count, reserved, size, offset = struct.unpack(">IIQQ", data)
+        return BitmapsExtension(count=count, reserved=reserved, directory_size=size, directory_offset=offset)
+
+
+def _c_string(data: bytes) -> bytes | None:
+    """QEMU reads names as C strings: a NUL ends one, and an empty one is none."""
+    return data.partition(b"\0")[0] or None
 
 
 def _feature_names(data: bytes) -> Mapping[tuple[int, int], str]:
-    names = {}
+    """Return the names in the table; the first of a bit counts, as in QEMU."""
+    names: dict[tuple[int, int], str] = {}
     for place in range(0, min(len(data) // 48, limits.MAX_FEATURE_NAMES) * 48, 48):
-        kind, bit = data[place], data[place + 1]
-        names[kind, bit] = data[place + 2 : place + 48].split(b"\0")[0].decode("utf-8", "replace")
+        name = data[place + 2 : place + 48].partition(b"\0")[0]
+        names.setdefault((data[place], data[place + 1]), name.decode("utf-8", "surrogateescape"))
     return MappingProxyType(names)

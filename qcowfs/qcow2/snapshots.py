@@ -31,7 +31,8 @@ class SnapshotEntry:
     Attributes:
         ordinal: its place in the table, from 0.
         l1_offset, l1_entries: its L1 table; not checked yet, see `validate_l1`.
-        disk_size: bytes of the disk when it was made; None in old version 2 images, which means the active size.
+        disk_size: bytes of the disk when it was made; None where it was not recorded, which means the active size
+            (version 2 allows it; of version 3 the specification wants it, and QEMU reads images without it).
         icount: the instruction count of a recorded guest, None if there is none.
     """
 
@@ -107,8 +108,6 @@ def _entry(table: _Table, ordinal: int, header: Header) -> SnapshotEntry:
     if extra_length > limits.MAX_SNAPSHOT_EXTRA_SIZE:
         raise table.corrupt(f"{extra_length} bytes of extra data, at most {limits.MAX_SNAPSHOT_EXTRA_SIZE}")
     extra = table.take(extra_length)
-    if header.version >= 3 and extra_length < 16:
-        raise table.corrupt(f"{extra_length} bytes of extra data, version 3 has at least 16")
     large_vm_state, disk_size, icount = (_word(extra, place) for place in (0, 8, 16))
     if disk_size is not None and disk_size > limits.MAX_VIRTUAL_SIZE:
         raise table.corrupt(f"a disk of {disk_size:#x} bytes, at most {limits.MAX_VIRTUAL_SIZE:#x}")
@@ -135,10 +134,14 @@ def validate_l1(source: Source, header: Header, entry: SnapshotEntry) -> None:
     """Check where the L1 table of `entry` is. Only when it is used: a bad one spoils this snapshot and no other.
 
     Raises:
-        CorruptImage: it is not aligned to a cluster, or larger than an L1 table may be.
+        CorruptImage: it is not aligned to a cluster, or larger than an L1 table may be, or beyond any file's end.
     """
     what = f"bad L1 table of snapshot {entry.ordinal + 1}"
     if entry.l1_entries * 8 > limits.MAX_L1_SIZE:
-        raise CorruptImage(source.name, what, f"{entry.l1_entries} entries, at most {limits.MAX_L1_SIZE // 8}")
-    if entry.l1_offset % header.cluster_size or entry.l1_offset >= limits.MAX_VIRTUAL_SIZE:
-        raise CorruptImage(source.name, what, f"its offset {entry.l1_offset:#x} is not aligned to a cluster")
+        why = f"{entry.l1_entries} entries, at most {limits.MAX_L1_SIZE // 8} were expected"
+        raise CorruptImage(source.name, what, why)
+    if entry.l1_offset % header.cluster_size:
+        why = f"it is at {entry.l1_offset:#x}, a multiple of the cluster size {header.cluster_size:#x} was expected"
+        raise CorruptImage(source.name, what, why)
+    if entry.l1_offset + entry.l1_entries * 8 > limits.MAX_HOST_OFFSET:
+        raise CorruptImage(source.name, what, f"it is at {entry.l1_offset:#x}, beyond what a file can have")
