@@ -56,7 +56,7 @@ vm: setup .venv/complete  ## get the kernel that the tests' virtual machine boot
 lint: build types  ## style, formatting and types of Python and Cython, and the man pages' syntax
 	$(PROGRAMS)/ruff check $(PYTHON_CODE)
 	$(PROGRAMS)/ruff format --check $(PYTHON_CODE)
-	$(PROGRAMS)/cython-lint qcowfs
+	PATH="$(CURDIR)/$(PROGRAMS):$$PATH" $(PROGRAMS)/cython-lint qcowfs  # it runs pycodestyle by name
 	mandoc -T lint -W warning man/*.[178]
 
 .PHONY: types

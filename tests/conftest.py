@@ -38,6 +38,7 @@ def _reachable_by_everybody(tmp_path_factory: pytest.TempPathFactory) -> None:
         directory = directory.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         group = ONE_AFTER_THE_OTHER.get(item.path.parent.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-WALL = 1 << 30  # bytes of address space more than before; QEMU's tools inherit it, and their threads need half
+WALL = 256 << 20  # bytes of address space more than before
 ENOUGH = 64 << 20  # bytes of memory more than before: the caches of a test and an L1 table of 32 MiB fit
 PROCESS = Path("/proc/self")
 
@@ -21,12 +21,21 @@ PROCESS = Path("/proc/self")
 def _little_memory() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + WALL, before[1]))
-    (PROCESS / "clear_refs").write_text("5")  # the peak starts anew
+    measured = _start_peak_anew()
     resident = _status("VmRSS")
     yield
     peak = _status("VmHWM")
     resource.setrlimit(resource.RLIMIT_AS, before)
-    assert peak - resident < ENOUGH
+    assert not measured or peak - resident < ENOUGH
+
+
+def _start_peak_anew() -> bool:
+    """Tell whether this kernel can: then VmHWM is of this test alone."""
+    try:
+        (PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _status(field: str) -> int:

@@ -1,11 +1,13 @@
 """L1 and L2 entries at and around each of their rules: right data, or EIO for that range and no other.
 
-Chosen scenarios; where QEMU has an answer it is asked for it. Each test has five seconds: a hang is a failure.
+Chosen scenarios; where QEMU has an answer it is asked for it. Each test has five seconds: a hang is a failure. Every
+single bit is in test_entry_bits.py, random entries in test_random_tables.py.
 """
 
 from __future__ import annotations
 
 import errno
+import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,9 @@ from qcowfs.chain import open_chain
 from qcowfs.errors import ReadFault
 from qcowfs.gate import Policy
 from tests.support import need
-from tests.support.images import qemu
-from tests.support.tables import COMPRESSED, COPIED, EIO, Tables, active_disk, qcowfs_says, qemu_says
+from tests.support.content import EIO
+from tests.support.qemu import qemu, qemu_reads, qemu_says
+from tests.support.tables import COMPRESSED, COPIED, Tables, active_disk, qcowfs_says
 
 pytestmark = pytest.mark.timeout(5, method="signal")
 
@@ -46,7 +49,7 @@ def check(path: Path, expected: bytes | str, *, ask_qemu: bool = True) -> None:
     with open_chain(str(path), Policy()) as chain:
         disk = active_disk(chain)
         said = qcowfs_says(disk, BAD * CLUSTER, CLUSTER)
-        neighbours = [disk.pread(place * CLUSTER, CLUSTER) for place in (GOOD, AFTER)]
+        neighbours = [qcowfs_says(disk, place * CLUSTER, CLUSTER) for place in (GOOD, AFTER)]
 
     assert expected == said
     assert neighbours == [b"\x11" * CLUSTER, b"\x33" * CLUSTER]
@@ -123,7 +126,7 @@ def test_an_l2_entry_may_point_at_the_header_or_a_table_and_nothing_hangs(image:
     expected = image.read_bytes()[place or 1 << 16 :][:CLUSTER]
 
     with open_chain(str(image), Policy()) as chain:
-        assert expected == active_disk(chain).pread(BAD * CLUSTER, CLUSTER)
+        assert expected == qcowfs_says(active_disk(chain), BAD * CLUSTER, CLUSTER)
 
 
 def test_r18_an_l1_entry_that_is_not_aligned_is_an_error_for_its_range_alone(image: Path) -> None:
@@ -179,6 +182,97 @@ def test_r30_data_past_the_end_reads_as_zeros_with_one_warning(image: Path, capl
 
     check(image, bytes(CLUSTER))
     assert sum("past the end of the file" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_r30_an_l1_table_past_the_end_is_an_error_not_an_empty_disk(image: Path) -> None:
+    """QEMU reads it as full of zeros: the same deviation on purpose."""
+    tables = Tables(image)
+    tables.word(40, 1 << 40)
+
+    assert qemu_says(image, 0, bytes(512))
+    with (
+        open_chain(str(image), Policy()) as chain,
+        pytest.raises(ReadFault, match="L1 table lies past the end") as caught,
+    ):
+        active_disk(chain).pread(0, 512)
+    assert caught.value.errno == errno.EIO
+
+
+def test_r30_an_l1_table_that_is_cut_is_an_error_for_what_is_missing(image: Path) -> None:
+    tables = Tables(image)
+    reach = CLUSTER // 8 * CLUSTER
+    new = tables.append(tables.path.read_bytes()[tables.l1_offset :][:8], CLUSTER)  # 1 of 2 entries, and the file ends
+    tables.word(40, new)
+
+    with open_chain(str(image), Policy()) as chain:
+        disk = active_disk(chain)
+
+        assert disk.pread(0, 512) == b"\x11" * 512
+        assert qcowfs_says(disk, reach, 512) == EIO
+        assert qcowfs_says(disk, reach - 512, 1024) == EIO
+
+
+def test_r30_an_l2_table_that_is_cut_is_an_error_for_what_is_missing(image: Path) -> None:
+    tables = Tables(image)
+    table = tables.l1(0) & (COPIED - 1)
+    tables.l1(0, COPIED | tables.append(image.read_bytes()[table : table + 20], CLUSTER))  # ends inside the third entry
+
+    with open_chain(str(image), Policy()) as chain:
+        disk = active_disk(chain)
+
+        assert qcowfs_says(disk, 0, 2 * CLUSTER) == b"\x11" * CLUSTER + b"\x22" * CLUSTER
+        assert qcowfs_says(disk, AFTER * CLUSTER, 512) == EIO
+
+
+@pytest.mark.parametrize("target", ["header", "l1", "data", "refcounts"])
+def test_r61_an_l1_entry_may_name_anything_as_an_l2_table(image: Path, target: str) -> None:
+    """Whatever lies there is read as entries: wrong ones are EIO, right ones are data, for QEMU too."""
+    tables = Tables(image)
+    offset = {
+        "header": 1 << 63,  # host offset 0 means no table
+        "l1": tables.l1_offset,
+        "data": tables.l2(GOOD) & (COPIED - 1),
+        "refcounts": tables.word(48),
+    }[target]
+    tables.l1(1, offset)
+    reach = CLUSTER // 8 * CLUSTER
+    ranges = [(reach + number * CLUSTER, CLUSTER) for number in range(4)]
+
+    with open_chain(str(image), Policy()) as chain:
+        disk = active_disk(chain)
+
+        assert qemu_reads(image, ranges) == [qcowfs_says(disk, *piece) for piece in ranges]
+        assert qcowfs_says(disk, BAD * CLUSTER, CLUSTER) == b"\x22" * CLUSTER
+
+
+def test_r61_two_l1_entries_may_share_a_table(image: Path) -> None:
+    """Overlapping tables: QEMU only minds when it writes."""
+    tables = Tables(image)
+    tables.l1(1, tables.l1(0))
+    reach = CLUSTER // 8 * CLUSTER
+
+    with open_chain(str(image), Policy()) as chain:
+        assert qcowfs_says(active_disk(chain), reach, 3 * CLUSTER) == qcowfs_says(active_disk(chain), 0, 3 * CLUSTER)
+    assert qemu_says(image, reach + CLUSTER, b"\x22" * CLUSTER)
+
+
+def test_r61_two_l2_entries_may_share_a_cluster(image: Path) -> None:
+    tables = Tables(image)
+    tables.l2(BAD, tables.l2(AFTER))
+
+    check(image, b"\x33" * CLUSTER)
+
+
+def test_a_read_over_a_bad_cluster_is_an_error_and_does_not_shorten(image: Path) -> None:
+    tables = Tables(image)
+    tables.l2(BAD, tables.l2(BAD) | 512)
+
+    with open_chain(str(image), Policy()) as chain, pytest.raises(ReadFault) as caught:
+        active_disk(chain).pread(CLUSTER - 512, 1024)
+    assert caught.value.errno == errno.EIO
+    assert caught.value.guest_offset == BAD * CLUSTER
+    assert caught.value.depth == 0
+    assert str(image) in str(caught.value)
 
 
 def deflate(data: bytes) -> bytes:
@@ -263,6 +357,39 @@ def test_a_bomb_fills_one_cluster_and_no_more(image: Path) -> None:
     check(image, bytes(CLUSTER))
 
 
+@pytest.mark.parametrize(
+    "block", [b"\x00\x00\x00\xff\xff", b"\x02\x00"], ids=["empty stored blocks", "bits that end no block"]
+)
+def test_r25_a_stream_that_goes_on_without_output_ends(tmp_path: Path, block: bytes) -> None:
+    """As long as a descriptor can say: 4 MiB of input for one cluster of 2 MiB."""
+    path = made(tmp_path, "cluster_size=2M")
+    tables = Tables(path)
+    length = 8192 * 512
+    tables.l2(BAD, tables.compressed(tables.append((block * length)[:length]), length))
+
+    with open_chain(str(path), Policy()) as chain:
+        assert qcowfs_says(active_disk(chain), BAD * tables.cluster_size, 512) == EIO
+    assert qemu_says(path, BAD * tables.cluster_size, EIO)
+
+
+@pytest.mark.parametrize("distance", [4096, 4097, 32000])
+def test_r25_a_stream_that_looks_back_further_than_qemus_window(image: Path, distance: int) -> None:
+    """QEMU's window has 4 KiB, but zlib sees all of the cluster, so that any distance within it is right."""
+    generator = random.Random(distance)
+    start = generator.randbytes(distance)
+    content = (start * 20)[:CLUSTER]
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    stream = compressor.compress(content) + compressor.flush()
+    tables = Tables(image)
+    tables.l2(BAD, tables.compressed(tables.append(stream), len(stream)))
+
+    assert len(stream) < CLUSTER
+    with open_chain(str(image), Policy()) as chain:
+        said = qcowfs_says(active_disk(chain), BAD * CLUSTER, CLUSTER)
+    assert said == content
+    assert qemu_reads(image, [(BAD * CLUSTER, CLUSTER)]) == [content]
+
+
 def zstd_frame(payload: bytes, window_descriptor: int | None = None) -> bytes:
     """A zstd frame of one raw block, written by hand: with a window of its own, or as a single segment."""
     header = b"\x28\xb5\x2f\xfd"
@@ -321,6 +448,30 @@ def test_a_zstd_frame_that_asks_for_a_giant_window_costs_no_memory(zstd_image: P
     check(zstd_image, b"\x55" * CLUSTER)
 
 
+@pytest.mark.parametrize("descriptor", [18 << 3, 21 << 3])
+def test_a_zstd_frame_with_a_window_that_qemu_refuses_is_read_all_the_same(zstd_image: Path, descriptor: int) -> None:
+    """256 MiB, 2 GiB. A deviation on purpose: no window is ever allocated, and the data is right."""
+    put(zstd_image, zstd_frame(b"\x56" * CLUSTER, window_descriptor=descriptor))
+
+    check(zstd_image, b"\x56" * CLUSTER, ask_qemu=False)
+    assert qemu_says(zstd_image, BAD * CLUSTER, EIO)
+
+
+def test_a_zstd_frame_with_a_window_that_zstd_does_not_have_is_an_error(zstd_image: Path) -> None:
+    """3.75 TiB."""
+    put(zstd_image, zstd_frame(b"\x56" * CLUSTER, window_descriptor=0xFF))
+
+    check(zstd_image, EIO)
+
+
+@pytest.mark.parametrize("claimed", [CLUSTER - 1, CLUSTER + 1, 1 << 40])
+def test_r26_a_zstd_frame_that_claims_another_size_than_it_has_is_an_error(zstd_image: Path, claimed: int) -> None:
+    block = (CLUSTER << 3 | 1).to_bytes(3, "little") + b"\x57" * CLUSTER
+    put(zstd_image, b"\x28\xb5\x2f\xfd\xe0" + claimed.to_bytes(8, "little") + block)
+
+    check(zstd_image, EIO)
+
+
 def test_a_million_skippable_zstd_frames_end(zstd_image: Path) -> None:
     skippable = b"\x50\x2a\x4d\x18\x00\x00\x00\x00"
     put(zstd_image, skippable * ((1 << 16) // len(skippable)))
@@ -349,7 +500,7 @@ def test_r28_each_subcluster_is_data_zero_or_unallocated(
     wanted[number * SUBCLUSTER : (number + 1) * SUBCLUSTER] = bytes([expected]) * SUBCLUSTER
 
     with open_chain(str(extended), Policy()) as chain:
-        assert wanted == active_disk(chain).pread(BAD * CLUSTER, CLUSTER)
+        assert wanted == qcowfs_says(active_disk(chain), BAD * CLUSTER, CLUSTER)
     assert qemu_says(extended, BAD * CLUSTER + number * SUBCLUSTER, bytes([expected]) * SUBCLUSTER)
 
 
@@ -411,7 +562,7 @@ def test_r19_offset_0_is_data_in_a_data_file_if_bit_63_says_so(with_data_file: P
     Tables(with_data_file).l2(GOOD, entry)
 
     with open_chain(str(with_data_file), Policy()) as chain:
-        assert bytes([expected]) * CLUSTER == active_disk(chain).pread(0, CLUSTER)
+        assert bytes([expected]) * CLUSTER == qcowfs_says(active_disk(chain), 0, CLUSTER)
     assert qemu_says(with_data_file, 0, bytes([expected]) * CLUSTER)
 
 

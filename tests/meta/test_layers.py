@@ -19,7 +19,7 @@ ROWS = (
     ("sizes",),
     ("snapshot",),
     ("chain",),
-    ("gate", "filename"),
+    ("gate", "policy", "filename", "jsonname"),
     ("qcow2", "qcow1", "raw"),
     ("source",),
     ("_usage",),

@@ -37,8 +37,9 @@ class Writer:
 
 @contextmanager
 def writing(image: Path) -> Iterator[Writer]:
-    need("qemu-io")
-    words = ["qemu-io", "-f", "qcow2", str(image)]
+    need("qemu-io", "stdbuf")
+    # Neither may its answers wait in a buffer, nor our commands in its own: it polls its input for each line.
+    words = ["stdbuf", "-i0", "-oL", "qemu-io", "-f", "qcow2", str(image)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         writer = Writer(process)
         writer.do("flush")

@@ -1,4 +1,4 @@
-"""Sizes against QEMU: what deleting a snapshot frees, by the refcounts before and after."""
+"""R58, sizes against QEMU: what deleting a snapshot frees, by the refcounts before and after."""
 
 from __future__ import annotations
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from qcowfs._cache import Cache
-from qcowfs._core import Disk
+from qcowfs._core import Disk, Extent
 from qcowfs.chain import Chain
 from qcowfs.cli.map import extents
 from qcowfs.snapshot import Point, open_disk
 
-__all__ = ["Run", "open_point", "read_all", "runs_of_disk", "runs_of_qemu"]
+__all__ = ["Run", "clipped", "open_point", "read_all", "runs_of_disk", "runs_of_extents", "runs_of_qemu"]
 
-PIECE = 1 << 20
+PIECE = 1_000_003  # bytes of one read; so that reads begin and end within clusters, layers and extents
 
 
 class Run(NamedTuple):
@@ -38,10 +38,15 @@ def read_all(disk: Disk) -> bytes:
 
 
 def runs_of_disk(disk: Disk) -> list[Run]:
-    """Return the extents of `disk` in the common form."""
+    """Return all extents of `disk` in the common form."""
+    return runs_of_extents(extents(disk))
+
+
+def runs_of_extents(found: Iterable[Extent]) -> list[Run]:
+    """Return extents of qcowfs in the common form."""
     return _merged(
-        Run(found.start, found.length, found.depth, found.zero, found.data, found.offset if found.data else None)
-        for found in extents(disk)
+        Run(extent.start, extent.length, extent.depth, extent.zero, extent.data, extent.offset if extent.data else None)
+        for extent in found
     )
 
 
@@ -49,19 +54,31 @@ def runs_of_qemu(found: Iterable[dict[str, Any]]) -> list[Run]:
     """Return what qemu-img map said in the common form.
 
     Offsets of zero and unallocated ranges are left out: QEMU gives that of the host cluster even where nothing may be
-    read from it. So is `present`, which QEMU 7.2 gives for subclusters by their cluster.
+    read from it. So is `present`, which QEMU 7.2 gives for subclusters by their cluster, and `zero` of data: where QEMU
+    thinks that an image is preallocated, it looks through to the holes of the host's file.
     """
     return _merged(
         Run(
             extent["start"],
             extent["length"],
             extent["depth"],
-            extent["zero"],
+            extent["zero"] and not extent["data"],
             extent["data"],
             extent.get("offset") if extent["data"] else None,
         )
         for extent in found
     )
+
+
+def clipped(runs: Iterable[Run], start: int, end: int) -> list[Run]:
+    """Return what of `runs` is between two guest offsets."""
+    found = []
+    for run in runs:
+        first, last = max(run.start, start), min(run.start + run.length, end)
+        if first < last:
+            offset = None if run.offset is None else run.offset + first - run.start
+            found.append(run._replace(start=first, length=last - first, offset=offset))
+    return found
 
 
 def _merged(runs: Iterable[Run]) -> list[Run]:

@@ -1,4 +1,4 @@
-"""Editing the tables of a small qcow2 image in place, to make what QEMU never writes; and asking QEMU about it."""
+"""Editing the tables of a small qcow2 image in place, to make what QEMU never writes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from qcowfs._core import Disk
 from qcowfs.chain import Chain
 from qcowfs.errors import ReadFault
 from qcowfs.snapshot import points
-from tests.support.images import qemu
+from tests.support.content import EIO, Content
 from tests.support.reader import open_point
 
-__all__ = ["COMPRESSED", "COPIED", "EIO", "Tables", "active_disk", "qcowfs_says", "qemu_says"]
+__all__ = ["COMPRESSED", "COPIED", "Tables", "active_disk", "qcowfs_says"]
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
-EIO = "EIO"  # what a reader says of a range that cannot be read right
 
 
 class Tables:
@@ -25,8 +24,9 @@ class Tables:
     def __init__(self, path: Path) -> None:
         self.path = path
         data = path.read_bytes()
-        self.version, self.cluster_bits = struct.unpack_from(">I", data, 4)[0], struct.unpack_from(">I", data, 20)[0]
-        self.cluster_size = 1 << self.cluster_bits
+        self.version: int = struct.unpack_from(">I", data, 4)[0]
+        self.cluster_bits: int = struct.unpack_from(">I", data, 20)[0]
+        self.cluster_size: int = 1 << self.cluster_bits
         self.l1_offset: int = struct.unpack_from(">Q", data, 40)[0]
         self.extended = self.version == 3 and bool(struct.unpack_from(">Q", data, 72)[0] & 16)
 
@@ -71,22 +71,9 @@ def active_disk(chain: Chain) -> Disk:
     return open_point(chain, points(chain)[0])
 
 
-def qcowfs_says(disk: Disk, offset: int, length: int) -> bytes | str:
-    """Return the bytes that `disk` holds, or EIO."""
+def qcowfs_says(disk: Disk, offset: int, length: int) -> Content:
+    """Return what `disk` holds."""
     try:
-        return disk.pread(offset, length)
+        return Content(disk.pread(offset, length))
     except ReadFault:
-        return EIO
-
-
-def qemu_says(image: Path, offset: int, expected: bytes | str) -> bool:
-    """Tell whether QEMU agrees that `image` holds `expected`, bytes of one value or EIO, at `offset`."""
-    if isinstance(expected, str):
-        command = f"read {offset} 512"
-    else:
-        assert len(set(expected)) == 1, "QEMU can only be asked for one value"
-        command = f"read -P {expected[0]} {offset} {len(expected)}"
-    said = qemu("qemu-io", "-r", "-f", "qcow2", "-c", command, image, check=False)
-    text = (said.stdout + said.stderr).decode()
-    failed = "read failed: Input/output error" in text
-    return failed if isinstance(expected, str) else not failed and "verification failed" not in text
+        return Content(EIO)
