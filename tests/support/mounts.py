@@ -9,10 +9,12 @@ import functools
 import os
 import pwd
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -70,20 +72,22 @@ class Person:
 
 def launcher(person: Person | None = None) -> list[str]:
     """Return the command that is `qcowfs` of this checkout, for `person`."""
-    return [interpreter(person or me()), "-c", _code("qcowfs.cli", "main")]
+    person = person or me()
+    return [interpreter(person), "-c", _code(person, "qcowfs.cli", "main")]
 
 
 def script(path: Path, module: str = "qcowfs.cli", function: str = "main", *, person: Person | None = None) -> Path:
     """Write an executable at `path` that runs an entry point of this checkout, as pip installs one."""
-    path.write_text(f"#!{interpreter(person or me())}\n{_code(module, function)}")
+    person = person or me()
+    path.write_text(f"#!{interpreter(person)}\n{_code(person, module, function)}")
     path.chmod(0o755)
     return path
 
 
-def _code(module: str, function: str) -> str:
+def _code(person: Person, module: str, function: str) -> str:
     # The packages come last: they are for a Python that does not find them by itself.
-    packages = sysconfig.get_path("platlib")
-    return LAUNCHER.format(repository=str(REPOSITORY), packages=packages, module=module, function=function)
+    repository, packages = places(person)
+    return LAUNCHER.format(repository=repository, packages=packages, module=module, function=function)
 
 
 @functools.cache
@@ -94,14 +98,41 @@ def interpreter(person: Person) -> str:
     """
     if person.is_me:
         return sys.executable
-    places = [str(REPOSITORY), sysconfig.get_path("platlib")]
-    code = f"import sys; sys.path += {places!r}; import pyfuse3, qcowfs._core"
     for program in (sys.executable, f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"):
-        with suppress(OSError):
-            tried = subprocess.run([program, "-c", code], capture_output=True, **person.popen_arguments())  # type: ignore[call-overload]
-            if tried.returncode == 0:
-                return program
+        if _can_import(program, person, places(person)):
+            return program
     return ""
+
+
+@functools.cache
+def places(person: Person) -> tuple[str, str]:
+    """Return the directories in which `person` finds `qcowfs`, and what it needs: here, or in copies of them."""
+    here = str(REPOSITORY), sysconfig.get_path("platlib")
+    if person.is_me or all(os.path.isdir(place) and _may_enter(place, person) for place in here):
+        return here
+    return _copied(here)
+
+
+def _may_enter(place: str, person: Person) -> bool:
+    return subprocess.run(["test", "-x", place], **person.popen_arguments()).returncode == 0  # type: ignore[call-overload, no-any-return]
+
+
+def _copied(here: tuple[str, str]) -> tuple[str, str]:
+    """Copy the package, and what it needs, to where everybody may read it: root's checkout may lie in root's home."""
+    directory = tempfile.mkdtemp(prefix="checkout-")
+    os.chmod(directory, 0o755)
+    tools = shutil.ignore_patterns("pip*", "*mypy*", "Cython*", "setuptools*", "pygments*", "ruff*", "__pycache__")
+    shutil.copytree(f"{here[0]}/qcowfs", f"{directory}/here/qcowfs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(here[1], f"{directory}/packages", ignore=tools)
+    return f"{directory}/here", f"{directory}/packages"
+
+
+def _can_import(program: str, person: Person, found_in: tuple[str, str]) -> bool:
+    code = f"import sys; sys.path += {list(found_in)!r}; import pyfuse3, qcowfs._core"
+    with suppress(OSError):
+        tried = subprocess.run([program, "-c", code], capture_output=True, cwd="/", **person.popen_arguments())  # type: ignore[call-overload]
+        return bool(tried.returncode == 0)
+    return False
 
 
 def me() -> Person:
