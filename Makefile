@@ -85,7 +85,7 @@ man:  ## read the man pages without installing them
 	@for page in man/*.[178]; do man -l "$$page"; done
 
 .PHONY: completion
-completion: build  ## write completion/, for bash and zsh, from the command line's own parser
+completion: build  ## write completion/, for bash, zsh and fish, from the command line's own parser
 	@$(PROGRAMS)/python tools/completion.py
 
 .PHONY: clean

@@ -1,4 +1,4 @@
-"""Write completion/bash/qcowfs and completion/zsh/_qcowfs from the command line's own parser (`make completion`)."""
+"""Write completion/ for bash, zsh and fish from the command line's own parser (`make completion`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ sys.path.insert(0, str(ROOT))
 
 from qcowfs.cli import build_parser  # noqa: E402  # this checkout's, wherever the tool is called
 
-FILES = {"bash": "completion/bash/qcowfs", "zsh": "completion/zsh/_qcowfs"}
+FILES = {
+    "bash": "completion/bash/qcowfs",
+    "zsh": "completion/zsh/_qcowfs",
+    "fish": "completion/fish/qcowfs.fish",
+}
 COMPLETED_AS = {"image": shtab.FILE, "log_file": shtab.FILE, "mountpoint": shtab.DIR, "mountpoints": shtab.DIR}
 DIRECTORIES = ("allow_backing",)  # a directory, or the word "any"
 

@@ -122,17 +122,20 @@ def test_a_missing_backing_file_is_named_with_the_layer_that_names_it(
     assert f"qcowfs: {overlay}: cannot open backing file {image}: No such file or directory" == lines[0]
 
 
-def test_a_refusal_names_the_layer_the_file_and_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", ["list", "info", "map"])
+def test_every_verb_obeys_the_gate_and_a_refusal_names_the_layer_the_file_and_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
     need("qemu-img")
     overlay = tmp_path / "top.qcow2"
     qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", "/etc/passwd", "-F", "raw", overlay, "1M")
 
-    code, lines = failure(capsys, "map", overlay)
+    code, lines = failure(capsys, verb, overlay)
 
     assert GateRefused.exit_code == code
     assert lines[0].startswith(f"qcowfs: {overlay}: it names the backing file /etc/passwd: ")
     assert lines[1] == "hint: --allow-backing /etc allows it"
-    assert cli.main(["map", str(overlay), "--allow-backing", "/etc"]) == 0
+    assert cli.main([verb, str(overlay), "--allow-backing", "/etc"]) == 0
 
 
 @pytest.mark.parametrize(
