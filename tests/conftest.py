@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import in_ci, leftovers
+from tests.support import in_ci, leftovers, mounts
 
 # Under `--dist loadgroup` the tests of a group run one after the other: mounts measure times and look at what is left.
 ONE_AFTER_THE_OTHER = {"mount": "mounts", "e2e": "machines"}
@@ -36,6 +36,12 @@ def _reachable_by_everybody(tmp_path_factory: pytest.TempPathFactory) -> None:
     while directory.name.startswith(("pytest-", "popen-")):
         directory.chmod(0o711)
         directory = directory.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _copies_are_removed() -> Iterator[None]:
+    yield
+    mounts.remove_copies()
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -24,6 +25,7 @@ __all__ = ["VERBS", "build_parser", "main", "report"]
 
 VERBS = ("mount", "umount", "list", "info", "map")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 DESCRIPTION = "Show every snapshot in a qcow2 disk image, side by side, as read-only raw disks."
 EXAMPLES = """\
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return 128 + 13  # what SIGPIPE would have made of it
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return _cannot_print(error)
         if debug:
             raise
         print(f"qcowfs: internal error: {printable(repr(error))}", file=sys.stderr)
@@ -155,6 +159,13 @@ def _log_to_stderr(*, debug: bool) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+def _cannot_print(error: OSError) -> int:
+    """Nothing else is written than standard output: the log's errors stay with the log."""
+    _drop_stdout()
+    report(QcowfsError(f"standard output: {error.strerror}"))
+    return QcowfsError.exit_code
 
 
 def _drop_stdout() -> None:

@@ -27,6 +27,7 @@ from qcowfs import mountpoint
 from tests.support import lacking, need
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_copies: list[str] = []  # directories, of this process
 PATIENCE = 20.0  # seconds; far more than anything here takes on a busy machine
 
 # What a console script does, plus the stacks on SIGUSR1. `qcowfs` may or may not be installed.
@@ -120,11 +121,20 @@ def _may_enter(place: str, person: Person) -> bool:
 def _copied(here: tuple[str, str]) -> tuple[str, str]:
     """Copy the package, and what it needs, to where everybody may read it: root's checkout may lie in root's home."""
     directory = tempfile.mkdtemp(prefix="checkout-")
+    _copies.append(directory)
     os.chmod(directory, 0o755)
     tools = shutil.ignore_patterns("pip*", "*mypy*", "Cython*", "setuptools*", "pygments*", "ruff*", "__pycache__")
     shutil.copytree(f"{here[0]}/qcowfs", f"{directory}/here/qcowfs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(here[1], f"{directory}/packages", ignore=tools)
     return f"{directory}/here", f"{directory}/packages"
+
+
+def remove_copies() -> None:
+    """Remove what `places` copied; nobody may need it any more."""
+    while _copies:
+        shutil.rmtree(_copies.pop())
+    places.cache_clear()
+    interpreter.cache_clear()
 
 
 def _can_import(program: str, person: Person, found_in: tuple[str, str]) -> bool:

@@ -183,6 +183,17 @@ def test_a_reader_that_goes_away_is_no_error(image: Path) -> None:
     assert done.stderr == ""
 
 
+def test_output_that_finds_no_room_is_one_clear_line(image: Path) -> None:
+    command = [sys.executable, "-m", "qcowfs", "list", str(image)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
+
+    assert done.returncode == 1
+    assert done.stderr == "qcowfs: standard output: No space left on device\n"
+
+
 def test_an_internal_error_is_one_line_and_a_traceback_only_with_debug(
     image: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
