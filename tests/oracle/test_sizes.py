@@ -14,7 +14,7 @@ from qcowfs.chain import open_chain
 from qcowfs.gate import Policy
 from qcowfs.sizes import Sizes
 from qcowfs.snapshot import Point, points
-from tests.support import need
+from tests.support import forge, need
 
 
 def run(*command: str) -> None:
@@ -111,3 +111,23 @@ def test_a_dirty_image_has_no_own_sizes(tmp_path: Path) -> None:
 
     assert own is None
     assert allocated == 1 << 20
+
+
+def test_a_disk_never_allocates_nothing(tmp_path: Path) -> None:
+    """A new overlay holds no cluster, but tar -S would take a file without blocks for one hole."""
+    base, image = tmp_path / "base.qcow2", tmp_path / "overlay.qcow2"
+    base.write_bytes(forge.qcow2(data={0: 1}))
+    image.write_bytes(forge.qcow2(backing_name=b"base.qcow2", extensions=[(0xE2792ACA, b"qcow2")]))
+
+    found = snapshot_points(image)
+
+    assert [allocated for _, _, allocated in found] == [512, 1 << 16]
+
+
+def test_a_disk_without_bytes_allocates_none(tmp_path: Path) -> None:
+    image = tmp_path / "empty.qcow2"
+    image.write_bytes(forge.qcow2(size=0))
+
+    [(_, _, allocated)] = snapshot_points(image)
+
+    assert allocated == 0
