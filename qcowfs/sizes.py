@@ -39,29 +39,31 @@ class Sizes:
         return max(self._counted(point), min(SECTOR, point.virtual_size))
 
     def _counted(self, point: Point) -> int:
-        """Return what was found; 0 where the L1 table is damaged."""
+        """Return what was found; 0 where the L1 table is damaged or cannot be read."""
         if point.layer.header is None:
             return min(point.layer.disk_size, point.virtual_size)
         try:
             return self._allocations[point.depth].count(layer_map(point.layer, point.entry))
-        except CorruptImage:
+        except (CorruptImage, OSError):
             return 0
 
     def own(self, point: Point) -> int | None:
         """Return the bytes in clusters of its file that only `point` uses: what deleting it would free.
 
-        None where nobody can tell: refcounts that are stale (dirty bit), tables that are damaged, or the budget used up.
+        None where nobody can tell: refcounts that are stale (dirty bit), tables that are damaged or cannot be read, or
+        the budget used up.
         """
         header = point.layer.header
         if header is None:
             return point.layer.disk_size
         if not isinstance(header, qcow2.Header) or header.external_data:
             return self._counted(point)  # it has no internal snapshots: all is its own
-        if header.dirty or header.corrupt:
+        # The budget: 65,536 snapshots may each name an L1 table of 32 MiB, and reading all those takes hours.
+        if header.dirty or header.corrupt or self._budget.left <= 0:
             return None
         try:
             return self._exclusive(point.layer, header).count(layer_map(point.layer, point.entry))
-        except CorruptImage:
+        except (CorruptImage, OSError):
             return None
 
     def _exclusive(self, layer: Layer, header: qcow2.Header) -> Exclusive:
