@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -24,6 +25,7 @@ __all__ = ["VERBS", "build_parser", "main", "report"]
 
 VERBS = ("mount", "umount", "list", "info", "map")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing can meet, and all that is written is output
 
 DESCRIPTION = "Show every snapshot in a qcow2 disk image, side by side, as read-only raw disks."
 EXAMPLES = """\
@@ -72,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return 128 + 13  # what SIGPIPE would have made of it
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            _drop_stdout()
+            report(QcowfsError(f"standard output: {error.strerror}"))
+            return QcowfsError.exit_code
         if debug:
             raise
         print(f"qcowfs: internal error: {printable(repr(error))}", file=sys.stderr)
@@ -158,7 +164,7 @@ def _log_to_stderr(*, debug: bool) -> None:
 
 
 def _drop_stdout() -> None:
-    """Whoever read our output is gone: let the interpreter's last flush go nowhere."""
+    """Nobody can have our output: let the interpreter's last flush go nowhere."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -74,4 +74,5 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right
 
 
 def _colour() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None: the caller closed descriptor 1
+    return terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

@@ -234,3 +234,26 @@ def test_two_snapshots_of_one_name_are_told_apart_by_id(image: Path, capsys: pyt
     assert PointNotFound.exit_code == code
     assert "2 points" in lines[0]
     assert cli.main(["map", str(image), "before-upgrade#2"]) == 0
+
+
+def shell(command: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line as `$@` of a shell's `command`, which can do with descriptors what subprocess cannot."""
+    code = "import sys; from qcowfs.cli import main; sys.exit(main())"
+    arguments = ["sh", "-c", command, "sh", sys.executable, "-c", code, *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, env=environment)
+
+
+@pytest.mark.parametrize("verb", ["list", "info", "map"])
+def test_verbs_end_well_with_standard_output_closed(image: Path, verb: str) -> None:
+    done = shell('exec "$@" >&-', verb, image)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("words", [("list",), ("map", "--json")])
+def test_output_that_finds_no_room_is_one_line(image: Path, words: tuple[str, ...]) -> None:
+    done = shell('exec "$@" >/dev/full', *words, image)
+
+    assert (done.returncode, done.stderr) == (1, "qcowfs: standard output: No space left on device\n")
