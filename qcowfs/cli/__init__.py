@@ -44,7 +44,12 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with errors as qcowfs prints them."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"'{self.prog} --help' tells more")
+        raise UsageError(_escaped(message), hint=f"'{self.prog} --help' tells more")
+
+
+def _escaped(message: str) -> str:
+    """Escape what cannot be shown; backslashes stay: argparse has quoted some of the words already."""
+    return "".join(character if character == "\\" else printable(character) for character in message)
 
 
 class _LineFormatter(logging.Formatter):

@@ -257,3 +257,13 @@ def test_output_that_finds_no_room_is_one_line(image: Path, words: tuple[str, ..
     done = shell('exec "$@" >/dev/full', *words, image)
 
     assert (done.returncode, done.stderr) == (1, "qcowfs: standard output: No space left on device\n")
+
+
+def test_what_the_person_typed_is_escaped_too(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scripts put names into command lines that they got from somebody else."""
+    for words in (("list", image, "\x1b[31m"), ("list", "--\x1b[31m", image), ("mount", image, image, "\x1b[31m")):
+        code, lines = failure(capsys, *words)
+
+        assert code == UsageError.exit_code
+        assert "\\x1b[31m" in lines[0]
+        assert "\x1b" not in "".join(lines)
