@@ -10,6 +10,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*(sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in words
     _log_to_stderr(debug=debug)
+    _escape_on_stdout()
     try:
         code = _run(words)
         if sys.stdout is not None:  # it is where the caller closed descriptor 1
@@ -166,6 +168,12 @@ def _log_to_stderr(*, debug: bool) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+def _escape_on_stdout() -> None:
+    """Show the escape of a character that this locale does not have; standard error does so by itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _drop_stdout() -> None:

@@ -52,8 +52,12 @@ def image_text(key: str, raw: bytes | None) -> dict[str, str | None]:
 
 
 def path_text(path: str) -> str:
-    """Return a path for JSON: as it is if it is UTF-8, else escaped."""
-    return path if path.isprintable() else printable(os.fsencode(path))
+    """Return a path for JSON, which can hold any UTF-8: as it is, or escaped if it is not UTF-8."""
+    raw = os.fsencode(path)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return printable(raw)
 
 
 def print_json(document: Any) -> None:

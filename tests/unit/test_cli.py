@@ -267,3 +267,23 @@ def test_what_the_person_typed_is_escaped_too(image: Path, capsys: pytest.Captur
         assert code == UsageError.exit_code
         assert "\\x1b[31m" in lines[0]
         assert "\x1b" not in "".join(lines)
+
+
+def test_a_name_that_the_locale_cannot_show_is_escaped(image: Path) -> None:
+    foreign = image.rename(image.with_name("\u65e5.qcow2"))
+
+    done = shell('PYTHONIOENCODING=ascii exec "$@"', "list", foreign)
+
+    assert done.returncode == 0, done.stderr
+    assert "\\u65e5.qcow2" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\x0ab", "\x1b[31m", "\u65e5", "\u202e"])
+def test_json_has_names_of_files_as_they_are(image: Path, name: str) -> None:
+    """A program opens the file by it, so an escape would be another file's name."""
+    other = image.rename(image.with_name(name))
+
+    document = json.loads(run("list", "--json", other).stdout)
+
+    assert str(other) == document["image"]
+    assert {name} == {point["layer"] for point in document["points"]}
