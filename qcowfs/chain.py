@@ -177,7 +177,6 @@ class _Opener:
         data = self._data_file(file, header)
         if data is not None:
             written = self._written_by_other(data) or written
-        blocks = file.status.st_blocks + (data.status.st_blocks if data else 0)
         return Layer(
             depth=len(self.layers),
             path=file.path,
@@ -188,7 +187,7 @@ class _Opener:
             header=header,
             snapshots=snapshots,
             virtual_size=header.virtual_size if header else raw.virtual_size(file.source),
-            disk_size=blocks * 512,
+            disk_size=file.disk_size + (data.disk_size if data else 0),
             modified_ns=file.status.st_mtime_ns,
             backing_name=header.backing_name if header and not alone else None,
             backing_format=header.backing_format if isinstance(header, qcow2.Header) else None,

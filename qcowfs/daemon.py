@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from qcowfs.errors import QcowfsError
+from qcowfs.errors import QcowfsError, printable
 
 __all__ = ["inherited_descriptors", "log_to_file", "run"]
 
@@ -59,7 +59,7 @@ def log_to_file(path: str) -> logging.Handler:
         path = os.path.abspath(path)  # a daemon's working directory is "/"
         handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise QcowfsError(f"{path}: cannot open the log file: {error.strerror}") from error
+        raise QcowfsError(f"{printable(path)}: cannot open the log file: {error.strerror}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s qcowfs[%(process)d] %(levelname)s: %(message)s"))
     return handler
 

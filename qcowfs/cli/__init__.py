@@ -10,6 +10,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -25,7 +26,7 @@ __all__ = ["VERBS", "build_parser", "main", "report"]
 
 VERBS = ("mount", "umount", "list", "info", "map")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing can meet, and all that is written is output
 
 DESCRIPTION = "Show every snapshot in a qcow2 disk image, side by side, as read-only raw disks."
 EXAMPLES = """\
@@ -44,7 +45,12 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with errors as qcowfs prints them."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"'{self.prog} --help' tells more")
+        raise UsageError(_escaped(message), hint=f"'{self.prog} --help' tells more")
+
+
+def _escaped(message: str) -> str:
+    """Escape what cannot be shown; backslashes stay: argparse has quoted some of the words already."""
+    return "".join(character if character == "\\" else printable(character) for character in message)
 
 
 class _LineFormatter(logging.Formatter):
@@ -60,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*(sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in words
     _log_to_stderr(debug=debug)
+    _escape_on_stdout()
     try:
         code = _run(words)
         if sys.stdout is not None:  # it is where the caller closed descriptor 1
@@ -168,8 +175,14 @@ def _cannot_print(error: OSError) -> int:
     return QcowfsError.exit_code
 
 
+def _escape_on_stdout() -> None:
+    """Show the escape of a character that this locale does not have; standard error does so by itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _drop_stdout() -> None:
-    """Whoever read our output is gone: let the interpreter's last flush go nowhere."""
+    """Nobody can have our output: let the interpreter's last flush go nowhere."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -52,8 +52,12 @@ def image_text(key: str, raw: bytes | None) -> dict[str, str | None]:
 
 
 def path_text(path: str) -> str:
-    """Return a path for JSON: as it is if it is UTF-8, else escaped."""
-    return path if path.isprintable() else printable(os.fsencode(path))
+    """Return a path for JSON, which can hold any UTF-8: as it is, or escaped if it is not UTF-8."""
+    raw = os.fsencode(path)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return printable(raw)
 
 
 def print_json(document: Any) -> None:
@@ -74,4 +78,5 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right
 
 
 def _colour() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None: the caller closed descriptor 1
+    return terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

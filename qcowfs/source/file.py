@@ -16,6 +16,8 @@ from qcowfs.errors import SourceError
 
 __all__ = ["File", "open_file"]
 
+BLOCK = 512  # the unit of st_blocks
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
@@ -39,6 +41,20 @@ class File:
         if stat.S_ISBLK(self.status.st_mode):
             return -1, self.status.st_rdev
         return self.status.st_dev, self.status.st_ino
+
+    @property
+    def disk_size(self) -> int:
+        """Bytes that it takes on the host: a device all of its own, though stat(2) counts no blocks of it.
+
+        Raises:
+            SourceError: the device does not tell its length.
+        """
+        if not stat.S_ISBLK(self.status.st_mode):
+            return self.status.st_blocks * BLOCK
+        try:
+            return self.source.size
+        except OSError as error:
+            raise SourceError.from_oserror(self.path, "cannot tell its length", error) from error
 
     def start(self, length: int) -> bytes:
         """Return the first `length` bytes, fewer if there are no more.

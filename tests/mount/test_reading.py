@@ -75,6 +75,20 @@ def test_tar_keeps_every_point(mount: Mounted, story: Story, tmp_path: Path) -> 
     assert os.readlink(tmp_path / "out" / "latest.raw") == story.latest
 
 
+def test_tar_reads_a_sparse_point_that_has_nothing_of_its_own(tmp_path: Path, target: Path) -> None:
+    """A new overlay. GNU tar -S archives a file without blocks as one hole, and never reads it."""
+    need("tar", "qemu-img", "qemu-io")
+    base, image = tmp_path / "base.qcow2", tmp_path / "overlay.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", base, "1M")
+    qemu("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", base)
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", image)
+
+    with mounted(image, target) as mount:
+        shell('tar -C "$1" -cSf - current.raw | tar -C "$2" -xf -', mount.path, made(tmp_path / "out"))
+
+    assert (tmp_path / "out" / "current.raw").read_bytes() == bytes([7]) * MIB
+
+
 def made(path: Path) -> Path:
     path.mkdir()
     return path

@@ -17,6 +17,7 @@ from qcowfs._core import Disk
 from qcowfs.chain import Chain, open_chain
 from qcowfs.errors import CorruptImage, GateRefused, ReadFault, UnsupportedImage
 from qcowfs.gate import Policy
+from qcowfs.sizes import Sizes
 from qcowfs.snapshot import Point, points
 from tests.support import lacking, need
 from tests.support.content import Content
@@ -280,6 +281,7 @@ def test_a_raw_block_device_as_backing_file(tmp_path: Path) -> None:
         image = create(tmp_path / "i.qcow2", "2M", "-b", device, "-F", "raw")
         with open_chain(str(image), Policy(allow=("/dev",))) as chain:
             assert base.read_bytes() == whole(open_point(chain, points(chain)[0]))
+            assert Sizes(chain).own(points(chain)[1]) == 2 * MIB  # stat(2) counts no blocks of a device
 
 
 @pytest.mark.parametrize("raw", ["on", "off"])

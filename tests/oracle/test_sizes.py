@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import struct
@@ -14,7 +15,7 @@ from qcowfs.chain import open_chain
 from qcowfs.gate import Policy
 from qcowfs.sizes import Sizes
 from qcowfs.snapshot import Point, points
-from tests.support import need
+from tests.support import forge, need
 
 
 def run(*command: str) -> None:
@@ -111,3 +112,51 @@ def test_a_dirty_image_has_no_own_sizes(tmp_path: Path) -> None:
 
     assert own is None
     assert allocated == 1 << 20
+
+
+@pytest.mark.timeout(30)
+def test_own_sizes_end_with_the_budget(tmp_path: Path) -> None:
+    """4,096 snapshots that name an L1 table of 32 MiB, all of it a hole in the file: 128 GiB to read."""
+    l1 = {"l1_table_offset": 32 << 20, "l1_size": 4 << 20}
+    snapshots = [forge.Snapshot(id=b"%d" % number, fields=l1) for number in range(4096)]
+    image = tmp_path / "huge.qcow2"
+    image.write_bytes(forge.qcow2(cluster_bits=9, snapshots=snapshots))
+    os.truncate(image, 64 << 20)
+
+    found = snapshot_points(image)
+
+    assert found[1][1] == 0
+    assert found[-1][1] is None
+
+
+@pytest.mark.parametrize("verb", ["own", "allocated"])
+def test_a_table_that_cannot_be_read_has_no_size_and_stops_no_other(tmp_path: Path, verb: str) -> None:
+    image = tmp_path / "unreadable.qcow2"
+    image.write_bytes(forge.qcow2(data={0: 1}))
+
+    with open_chain(str(image), Policy()) as chain:
+        sizes = Sizes(chain)
+        chain.layers[0].source.close()  # from now on every read fails
+        found = getattr(sizes, verb)(points(chain)[0])
+
+    assert found == {"own": None, "allocated": 512}[verb]
+
+
+def test_a_disk_never_allocates_nothing(tmp_path: Path) -> None:
+    """A new overlay holds no cluster, but tar -S would take a file without blocks for one hole."""
+    base, image = tmp_path / "base.qcow2", tmp_path / "overlay.qcow2"
+    base.write_bytes(forge.qcow2(data={0: 1}))
+    image.write_bytes(forge.qcow2(backing_name=b"base.qcow2", extensions=[(0xE2792ACA, b"qcow2")]))
+
+    found = snapshot_points(image)
+
+    assert [allocated for _, _, allocated in found] == [512, 1 << 16]
+
+
+def test_a_disk_without_bytes_allocates_none(tmp_path: Path) -> None:
+    image = tmp_path / "empty.qcow2"
+    image.write_bytes(forge.qcow2(size=0))
+
+    [(_, _, allocated)] = snapshot_points(image)
+
+    assert allocated == 0

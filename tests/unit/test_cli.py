@@ -183,17 +183,6 @@ def test_a_reader_that_goes_away_is_no_error(image: Path) -> None:
     assert done.stderr == ""
 
 
-def test_output_that_finds_no_room_is_one_clear_line(image: Path) -> None:
-    command = [sys.executable, "-m", "qcowfs", "list", str(image)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
-
-    assert done.returncode == 1
-    assert done.stderr == "qcowfs: standard output: No space left on device\n"
-
-
 def test_an_internal_error_is_one_line_and_a_traceback_only_with_debug(
     image: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,3 +237,56 @@ def test_two_snapshots_of_one_name_are_told_apart_by_id(image: Path, capsys: pyt
     assert PointNotFound.exit_code == code
     assert "2 points" in lines[0]
     assert cli.main(["map", str(image), "before-upgrade#2"]) == 0
+
+
+def shell(command: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line as `$@` of a shell's `command`, which can do with descriptors what subprocess cannot."""
+    code = "import sys; from qcowfs.cli import main; sys.exit(main())"
+    arguments = ["sh", "-c", command, "sh", sys.executable, "-c", code, *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, env=environment)
+
+
+@pytest.mark.parametrize("verb", ["list", "info", "map"])
+def test_verbs_end_well_with_standard_output_closed(image: Path, verb: str) -> None:
+    done = shell('exec "$@" >&-', verb, image)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("words", [("list",), ("map", "--json")])
+def test_output_that_finds_no_room_is_one_line(image: Path, words: tuple[str, ...]) -> None:
+    done = shell('exec "$@" >/dev/full', *words, image)
+
+    assert (done.returncode, done.stderr) == (1, "qcowfs: standard output: No space left on device\n")
+
+
+def test_what_the_person_typed_is_escaped_too(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scripts put names into command lines that they got from somebody else."""
+    for words in (("list", image, "\x1b[31m"), ("list", "--\x1b[31m", image), ("mount", image, image, "\x1b[31m")):
+        code, lines = failure(capsys, *words)
+
+        assert code == UsageError.exit_code
+        assert "\\x1b[31m" in lines[0]
+        assert "\x1b" not in "".join(lines)
+
+
+def test_a_name_that_the_locale_cannot_show_is_escaped(image: Path) -> None:
+    foreign = image.rename(image.with_name("\u65e5.qcow2"))
+
+    done = shell('PYTHONIOENCODING=ascii exec "$@"', "list", foreign)
+
+    assert done.returncode == 0, done.stderr
+    assert "\\u65e5.qcow2" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\x0ab", "\x1b[31m", "\u65e5", "\u202e"])
+def test_json_has_names_of_files_as_they_are(image: Path, name: str) -> None:
+    """A program opens the file by it, so an escape would be another file's name."""
+    other = image.rename(image.with_name(name))
+
+    document = json.loads(run("list", "--json", other).stdout)
+
+    assert str(other) == document["image"]
+    assert {name} == {point["layer"] for point in document["points"]}
