@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from bench.reader import WrongContentError
 from bench.turns import Turns
 from bench.works import WORKS, Work
 
+FAILURES = (WrongContentError, RuntimeError, OSError, subprocess.SubprocessError)  # of qcowfs itself
 MARK = "<!-- The figures below are written by make bench. -->"
 
 
@@ -56,8 +58,8 @@ def measured(turns: Turns, works: list[Work]) -> tuple[dict[Work, Figures], list
         try:
             results[work] = turns.figures(work)
             line = report.progress(work, results[work])
-        except WrongContentError as error:
-            line = f"WRONG CONTENT, FIGURES DISCARDED: {work.title}: {error}"
+        except FAILURES as error:
+            line = f"WRONG CONTENT OR NO ANSWER, FIGURES DISCARDED: {work.title}: {error}"
             wrong.append(line)
         print(f"bench: {line} [{time.monotonic() - start:.0f} s]", file=sys.stderr, flush=True)
     return results, wrong

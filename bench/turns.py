@@ -20,7 +20,7 @@ from bench.figures import Figures
 from bench.images import Image, Images
 from bench.programs import run
 from bench.reader import OffsetList, WrongContentError
-from bench.rivals import RIVALS, CannotShowError
+from bench.rivals import RIVALS, CannotShowError, Rival
 from bench.works import COPY, FIRST_BYTE, GREP, RANDOM, SEQUENTIAL, Work
 
 MUCH_MEMORY = 4 << 30  # free bytes of /dev/shm from which copies go there, where no disk disturbs them
@@ -78,18 +78,21 @@ class Turns:
             below = directory / name.replace(" ", "-").replace(",", "")
             below.mkdir()
             try:
-                yield self._stand(work, name, image, below, stack, lists[image.name])
+                yield self._stand(work, name, image, below, stack, lists[image.name], found)
             except (CannotShowError, WrongContentError, OSError) as error:
                 blame(name, error, found)
 
-    def _stand(self, work: Work, name: str, image: Image, below: Path, stack: ExitStack, offsets: OffsetList) -> Stand:
+    def _stand(
+        self, work: Work, name: str, image: Image, below: Path, stack: ExitStack, offsets: OffsetList, found: Figures
+    ) -> Stand:
         """Put up one rival and compare its content; for FIRST_BYTE that is what is measured."""
         rival = RIVALS[name]
         if lacking := rival.lacking():
             raise CannotShowError(lacking)
         if work.kind == FIRST_BYTE:
-            first_byte(rival.show, image, below, 0, name)
-            return Stand(name, below, below, image, partial(first_byte, rival.show, image, below, name=name))
+            turn = partial(first_byte, rival, image, below, found)
+            turn(0)  # whoever cannot do it is left out now
+            return Stand(name, below, below, image, turn)
         mountpoint = below / "shown"
         mountpoint.mkdir()
         file = stack.enter_context(rival.show(image, mountpoint))
@@ -134,15 +137,16 @@ def blame(name: str, error: Exception, found: Figures) -> None:
     found.leave_out(name, f"wrong content ({error})" if isinstance(error, WrongContentError) else str(error))
 
 
-def first_byte(show: Callable[[Image, Path], object], image: Image, below: Path, number: int, name: str) -> float:
-    """Return the milliseconds from starting a rival to having read one byte."""
+def first_byte(rival: Rival, image: Image, below: Path, found: Figures, number: int) -> float:
+    """Return the milliseconds from starting a rival to having read one byte; keeps the memory that this took."""
     with tempfile.TemporaryDirectory(dir=below) as place:
         start = time.monotonic()
-        with show(image, Path(place)) as file, file.open("rb", buffering=0) as opened:  # type: ignore[attr-defined]
+        with rival.show(image, Path(place)) as file, file.open("rb", buffering=0) as opened:
             byte = opened.read(1)
             passed = time.monotonic() - start
+            found.memory[rival.name] = max(found.memory.get(rival.name, 0), rivals.peak_memory(Path(place)))
         with image.raw.open("rb", buffering=0) as right:
-            if byte != right.read(1) and name != rivals.EMPTY:
+            if byte != right.read(1) and rival.name != rivals.EMPTY:
                 raise WrongContentError("the first byte")
     return passed * 1000
 
