@@ -69,7 +69,13 @@ def document(args: argparse.Namespace, results: dict[Work, Figures], wrong: list
     """Return all that was found out."""
     loud = [f"**{line}**\n" for line in wrong]
     tables = [report.table(work, found) for work, found in results.items()]
-    parts = [report.facts(args.rounds, args.seconds), *loud, "## Goals\n", report.summary(results), "## Tables\n"]
+    parts = [
+        report.facts(args.rounds, args.seconds) + "\n",
+        *loud,
+        "## Goals\n",
+        report.summary(results),
+        "## Tables\n",
+    ]
     return "\n".join(["", *parts, *tables])
 
 
