@@ -77,7 +77,8 @@ coverage: build vm  ## which lines the tests reach, in Python and in Cython (bui
 	@$(AS_ROOT) tools/coverage $(TESTS)
 
 .PHONY: bench
-bench: build  ## figures against qemu-storage-daemon's FUSE export, as a Markdown table
+bench: build  ## figures against other programs that show an image, as Markdown; BENCH='--help' says what can be chosen
+	@WITH_RIVALS=1 tools/setup
 	@$(AS_ROOT) $(PROGRAMS)/python -m bench $(BENCH)
 
 .PHONY: man

@@ -1,1 +1,1 @@
-"""Figures against qemu-storage-daemon's FUSE export, taken in one run on the same images: `make bench`."""
+"""`make bench`: figures of this checkout against other programs that show a qcow2 image as a file, in one run."""

@@ -1,103 +1,88 @@
-"""`make bench`: measure in turns (A B A B ...), compare the contents, print a Markdown table."""
+"""`make bench`: measure in turns (A B C A B C ...), compare the contents, print Markdown tables."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from bench import exports, images, readers
+from bench import report
+from bench.figures import Figures
+from bench.images import Images
+from bench.reader import WrongContentError
+from bench.turns import Turns
+from bench.works import WORKS, Work
 
-Export = Callable[[Path, Path], object]
+FAILURES = (WrongContentError, RuntimeError, OSError, subprocess.SubprocessError)  # of qcowfs itself
+MARK = "<!-- The figures below are written by make bench. -->"
 
 
 def main() -> int:
-    """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="make bench BENCH='...'", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default 7)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of random reads in one turn (default 2)")
-    args = parser.parse_args()
+    """Run what the command line asks for; 1 if qcowfs showed something wrong."""
+    args = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unmount first
+    works = [work for work in WORKS if work.is_asked_for(args.only)]
+    if not works:
+        sys.exit("bench: no work has such a name; see --help")
     with tempfile.TemporaryDirectory(prefix="qcowfs-bench-") as name:
-        print(heading(args.rounds))
-        measure(Path(name), args.rounds, args.seconds)
-    return 0
+        turns = Turns(Images(args.images or Path(name, "images")), Path(name), args.rounds, args.seconds)
+        results, wrong = measured(turns, works)
+    text = document(args, results, wrong)
+    print(text)
+    if args.output:
+        write(args.output, text)
+    return 1 if wrong else 0
 
 
-def heading(rounds: int) -> str:
-    """Say what was measured, where and when."""
-    qemu = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    where = f"Linux {platform.release()}, {os.cpu_count()} cores, Python {platform.python_version()}, {qemu}"
-    return (
-        f"{time.strftime('%Y-%m-%d')}; {where}; {rounds} turns of each, interleaved.\n\n"
-        "| work | unit | qcowfs min / median / max | qemu-storage-daemon min / median / max | ratio of medians |\n"
-        "|---|---|---|---|---|"
-    )
+def parsed() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(prog="make bench BENCH='...'", description=__doc__, allow_abbrev=False)
+    names = "random, sequential, grep, copy, first-byte, an image (plain, zlib, ...), or both (first-byte-12tib)"
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORK", help=f"measure these alone: {names}")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each rival (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of random reads in a turn (default: %(default)s)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="make the images there and keep them")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables into FILE, after its mark")
+    return parser.parse_args()
 
 
-def measure(directory: Path, rounds: int, seconds: float) -> None:
-    """Print the table's rows as they are done."""
-    plain = images.plain(directory)
-    ours, theirs = directory / "mnt", directory / "export.raw"
-    ours.mkdir()
-    with exports.our_mount(plain, ours) as left, exports.qemu_export(plain, theirs) as right:
-        if readers.content(left) != readers.content(right):
-            sys.exit("the contents differ: no figures")
-        for jobs in (1, 4):
-            row(
-                f"4 KiB random, {jobs} job(s)",
-                "IOPS",
-                rounds,
-                partial(readers.random_reads, left, jobs, seconds),
-                partial(readers.random_reads, right, jobs, seconds),
-            )
-        row(
-            "1 MiB sequential",
-            "MiB/s",
-            rounds,
-            partial(readers.sequential_reads, left),
-            partial(readers.sequential_reads, right),
-        )
-    for title, image in (
-        ("plain", plain),
-        ("1,000 snapshots", images.thousand_snapshots(directory)),
-        ("64 TiB", images.huge(directory)),
-    ):
-        row(
-            f"mount to first byte, {title}",
-            "ms",
-            rounds,
-            partial(first_byte, exports.our_mount, image, ours),
-            partial(first_byte, exports.qemu_export, image, theirs),
-        )
+def measured(turns: Turns, works: list[Work]) -> tuple[dict[Work, Figures], list[str]]:
+    """Return the figures of each work, and a line for each work whose figures are discarded."""
+    results, wrong = {}, []
+    for work in works:
+        start = time.monotonic()
+        try:
+            results[work] = turns.figures(work)
+            line = report.progress(work, results[work])
+        except FAILURES as error:
+            line = f"WRONG CONTENT OR NO ANSWER, FIGURES DISCARDED: {work.title}: {error}"
+            wrong.append(line)
+        print(f"bench: {line} [{time.monotonic() - start:.0f} s]", file=sys.stderr, flush=True)
+    return results, wrong
 
 
-def first_byte(export: Callable[[Path, Path], object], image: Path, place: Path) -> float:
-    """Return the milliseconds from starting an export to having read one byte."""
-    start = time.monotonic()
-    with export(image, place) as file, file.open("rb", buffering=0) as opened:  # type: ignore[attr-defined]
-        opened.read(1)
-        return (time.monotonic() - start) * 1000
+def document(args: argparse.Namespace, results: dict[Work, Figures], wrong: list[str]) -> str:
+    """Return all that was found out."""
+    loud = [f"**{line}**\n" for line in wrong]
+    tables = [report.table(work, found) for work, found in results.items()]
+    parts = [
+        report.facts(args.rounds, args.seconds) + "\n",
+        *loud,
+        "## Goals\n",
+        report.summary(results),
+        "## Tables\n",
+    ]
+    return "\n".join(["", *parts, *tables])
 
 
-def row(work: str, unit: str, rounds: int, left: Callable[[], float], right: Callable[[], float]) -> None:
-    """Measure both in turns and print one row."""
-    pairs = [(left(), right()) for _ in range(rounds)]
-    ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
-    ratio = statistics.median(ours) / statistics.median(theirs)
-    print(f"| {work} | {unit} | {three(ours)} | {three(theirs)} | {ratio:.2f} |", flush=True)
-
-
-def three(figures: list[float]) -> str:
-    """Return minimum, median and maximum."""
-    return " / ".join(f"{figure:,.0f}" for figure in (min(figures), statistics.median(figures), max(figures)))
+def write(path: Path, text: str) -> None:
+    """Put the text behind the mark of a file that has one; what stands before it is written by hand."""
+    before = path.read_text().partition(MARK)[0] if path.exists() else ""
+    path.write_text(f"{before}{MARK}\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""The tables, in Markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping
+
+from bench import rivals
+from bench.figures import BEST_PEER, Figures, Goal, most_memory, verdict
+from bench.works import MEMORY_GOAL, UNITS, Work
+
+MIB = 1 << 20
+
+
+def facts(rounds: int, seconds: float) -> str:
+    """Say when, where and with what was measured."""
+    libraries = f"libfuse {first_line('pkg-config', '--modversion', 'fuse3')}, Python {platform.python_version()}"
+    return "\n".join(
+        [
+            f"- {time.strftime('%Y-%m-%d')}, revision {revision()}; {rounds} rounds, random reads of {seconds:g} s",
+            f"- {os.cpu_count()} cores ({processor()}), {memory() >> 30} GiB, Linux {platform.release()}",
+            f"- {first_line('qemu-img', '--version')}; {first_line('nbdfuse', '--version')}; "
+            f"{first_line('qcowmount', '-V')}; {libraries}",
+        ]
+    )
+
+
+def first_line(*command: str) -> str:
+    """Return the first line that a program prints, or that it is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return f"no {command[0]}"
+    return next(iter(done.stdout.splitlines()), f"{command[0]} of an unknown version")
+
+
+def revision() -> str:
+    """Return the commit of this checkout, with a + where it was changed since."""
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], capture_output=True).returncode != 0
+    return first_line("git", "rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def memory() -> int:
+    """Return the machine's memory in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def table(work: Work, found: Figures) -> str:
+    """Return a work's table with its goals and notes."""
+    unit = UNITS[work.kind]
+    lines = [f"### {work.title}", "", *goal_lines(work, found), ""]
+    lines += [f"| rival | minimum, {unit} | median | maximum | qcowfs is | memory |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [row(work, found, name) for name in found.samples]
+    lines += ["", *(f"Left out: {note}." for note in found.notes)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def row(work: Work, found: Figures, name: str) -> str:
+    """Return a rival's line."""
+    low, middle, high = three(work, found, name)
+    ratio = "" if name == rivals.OURS else f"{found.times_as_fast(rivals.OURS, name):.2f} times as fast"
+    peak = f"{found.memory[name] / MIB:.0f} MiB" if name in found.memory else ""
+    return f"| {name} | {low} | {middle} | {high} | {ratio} | {peak} |"
+
+
+def three(work: Work, found: Figures, name: str) -> list[str]:
+    """Return minimum, median and maximum."""
+    samples = found.samples[name]
+    return [figure(work, value) for value in (min(samples), statistics.median(samples), max(samples))]
+
+
+def figure(work: Work, value: float) -> str:
+    """Return a figure with as many digits as it is worth."""
+    return f"{value:.2f}" if UNITS[work.kind] == "s" else f"{value:,.0f}"
+
+
+def goal_lines(work: Work, found: Figures) -> list[str]:
+    """Return a line for each goal."""
+    return [f"Goal: {goal_text(goal, found)}." for goal in work.goals]
+
+
+def goal_text(goal: Goal, found: Figures) -> str:
+    """Say what is asked for and what was got."""
+    against = found.best(rivals.PEERS) if goal.against == BEST_PEER else goal.against
+    asked = f"{goal.times:.2f} times {goal.against}"
+    if against is None or against not in found.samples:
+        return f"{asked}; nobody to compare with"
+    ratio = found.times_as_fast(rivals.OURS, against)
+    named = f" ({against})" if goal.against == BEST_PEER else ""
+    return f"{asked}{named}; got {ratio:.2f}: {verdict(ratio, goal.times)}"
+
+
+def summary(results: Mapping[Work, Figures]) -> str:
+    """Return one line for each goal of all works, and the memory."""
+    lines = ["| work | qcowfs, median | goal and what was got |", "|---|---:|---|"]
+    for work, found in results.items():
+        middle = f"{three(work, found, rivals.OURS)[1]} {UNITS[work.kind]}"
+        lines += [f"| {work.title} | {middle} | {goal_text(goal, found)} |" for goal in work.goals]
+    peaks = most_memory(found.memory for found in results.values())
+    if rivals.OURS in peaks:
+        lines.append(memory_line(peaks[rivals.OURS]))
+        others = ", ".join(f"{name} {peak / MIB:.0f}" for name, peak in peaks.items() if name != rivals.OURS)
+        lines += ["", f"Peak memory of the others over all works, in MiB: {others}."]
+    return "\n".join(lines) + "\n"
+
+
+def memory_line(peak: int) -> str:
+    """Return the line of the daemon's peak memory."""
+    outcome = "reached" if peak <= MEMORY_GOAL else f"not reached: {peak / MEMORY_GOAL:.2f} times it"
+    asked = f"at most {MEMORY_GOAL / MIB:.0f} MiB: {outcome}"
+    return f"| daemon's peak memory over all works | {peak / MIB:.0f} MiB | {asked} |"
+
+
+def progress(work: Work, found: Figures) -> str:
+    """Return a line for the person who waits."""
+    parts = [f"{name} {three(work, found, name)[1]}" for name in found.samples]
+    return f"{work.title} ({UNITS[work.kind]}): {', '.join(parts)}"

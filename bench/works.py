@@ -1,0 +1,105 @@
+"""The works that are measured: which image, what is done with it, who is compared, and what is to be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.figures import BEST_PEER, Goal
+from bench.rivals import EMPTY, LIMIT, OWN_PLAIN, RAW
+
+RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE = "random", "sequential", "grep", "copy", "first-byte"
+TITLES = {
+    "plain": "plain image",
+    "half": "half-sparse image",
+    "zlib": "zlib",
+    "zstd": "zstd",
+    "extended": "extended L2",
+    "chain10": "chain of 10",
+    "chain40": "chain of 40",
+    "snapshots": "an internal snapshot of 50",
+    "4tib": "4 TiB virtual",
+    "12tib": "12 TiB virtual, 20,480 L2 tables",
+    "thousand": "1,000 snapshots",
+    "ext4": "ext4",
+}
+UNITS = {RANDOM: "reads/s", SEQUENTIAL: "MiB/s", GREP: "s", COPY: "s", FIRST_BYTE: "ms"}
+MEMORY_GOAL = 96 << 20  # bytes of the daemon at its peak, over all works
+
+
+@dataclass(frozen=True)
+class Work:
+    """One table of figures.
+
+    Attributes:
+        kind: RANDOM, SEQUENTIAL, GREP, COPY or FIRST_BYTE.
+        image: a recipe's name in bench/images.py.
+        goals: what the project promises; empty where a work only shows something.
+        references: rivals beside qcowfs and its peers.
+        jobs: readers at once.
+        cold: drop what the kernel keeps of the rival's file before each turn.
+    """
+
+    kind: str
+    image: str
+    goals: tuple[Goal, ...] = ()
+    references: tuple[str, ...] = ()
+    jobs: int = 1
+    cold: bool = True
+
+    @property
+    def title(self) -> str:
+        """Return the heading of its table."""
+        image = TITLES[self.image]
+        jobs = f"{self.jobs} job{'s' if self.jobs > 1 else ''}"
+        return {
+            RANDOM: f"4 KiB random, {jobs}: {image}",
+            SEQUENTIAL: f"sequential 1 MiB: {image}",
+            GREP: f"loop mount and grep -r of an ext4, {'first' if self.cold else 'second'} time",
+            COPY: f"cp --sparse=auto: {image}",
+            FIRST_BYTE: f"mount to first byte: {image}",
+        }[self.kind]
+
+    def is_asked_for(self, words: list[str]) -> bool:
+        """Return whether it fits one of the words: KIND, IMAGE or KIND-IMAGE; a bare IMAGE means its reads alone."""
+        named = {self.kind, f"{self.kind}-{self.image}"} | ({self.image} if self.kind != FIRST_BYTE else set())
+        return not words or bool(named & set(words))
+
+
+def random_reads(image: str, one: tuple[Goal, ...], four: tuple[Goal, ...], reference: str = "") -> list[Work]:
+    """Return the two works with one and with four jobs."""
+    references = (reference,) if reference else ()
+    return [Work(RANDOM, image, goals, references, jobs) for jobs, goals in ((1, one), (4, four))]
+
+
+def like_plain(image: str, *more: Goal) -> list[Work]:
+    """Return the works of an image whose warm reads must cost what they cost on the plain image."""
+    goals = (Goal(OWN_PLAIN, 0.8), *more)
+    return random_reads(image, goals, goals, OWN_PLAIN)
+
+
+def peers(times: float) -> tuple[Goal, ...]:
+    """Return a goal against the best peer."""
+    return (Goal(BEST_PEER, times),)
+
+
+NEAR_LIMIT = (Goal(LIMIT, 0.9),)
+GREP_GOALS = (Goal(BEST_PEER, 1.0), Goal(RAW, 1 / 1.3))
+SOON = (Goal(EMPTY, 1 / 1.2),)
+WORKS = [
+    *random_reads("plain", NEAR_LIMIT, NEAR_LIMIT, LIMIT),
+    *like_plain("chain10"),
+    *like_plain("chain40", Goal(BEST_PEER, 3.0)),
+    *like_plain("snapshots"),
+    *like_plain("extended"),
+    *like_plain("4tib"),
+    *like_plain("12tib"),
+    *random_reads("zlib", peers(2.0), peers(2.5)),
+    *random_reads("zstd", peers(2.0), peers(2.0)),
+    Work(SEQUENTIAL, "plain", NEAR_LIMIT, (LIMIT,)),
+    Work(SEQUENTIAL, "zlib", peers(3.0)),
+    Work(SEQUENTIAL, "zstd", peers(2.0)),
+    Work(GREP, "ext4", GREP_GOALS, (RAW,)),
+    Work(GREP, "ext4", GREP_GOALS, (RAW,), cold=False),
+    Work(COPY, "half", peers(1.6), (RAW,)),
+    *(Work(FIRST_BYTE, image, SOON, (EMPTY,)) for image in ("plain", "thousand", "12tib")),
+]
