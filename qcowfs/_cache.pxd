@@ -13,6 +13,7 @@ cdef enum entry_kind:
     KIND_TABLE  # big-endian u64 of a table, native in memory
     KIND_BYTES  # bytes of the file as they are (refcount blocks)
     KIND_CLUSTER  # a decompressed cluster; place is the whole descriptor
+    KIND_RANGE  # what a whole chain says of a range of a disk; source is the disk's identity, place the range's number
 
 
 cdef enum entry_state:
@@ -52,6 +53,11 @@ cdef struct cache_t:
 # caller's to load. NULL: no memory.
 cdef entry_t* cache_acquire(
     cache_t* cache, entry_kind kind, uint32_t source, uint64_t place, uint64_t capacity) noexcept nogil
+# Make the entry, if it is not there: it is the caller's to load. NULL: somebody has it already, or no memory.
+cdef entry_t* cache_begin(
+    cache_t* cache, entry_kind kind, uint32_t source, uint64_t place, uint64_t capacity) noexcept nogil
+# Find an entry that is STATE_READY, with one more reference; NULL: there is none.
+cdef entry_t* cache_find(cache_t* cache, entry_kind kind, uint32_t source, uint64_t place) noexcept nogil
 cdef void cache_publish(cache_t* cache, entry_t* entry, uint64_t valid) noexcept nogil
 cdef void cache_abandon(cache_t* cache, entry_t* entry, int failure) noexcept nogil
 cdef void cache_release(cache_t* cache, entry_t* entry) noexcept nogil

@@ -14,7 +14,7 @@ from qcowfs.clib.pthread cimport (
 )
 
 cdef enum:
-    BYTES_PER_BUCKET = 4096  # the usual entry is a table slice of that size: about one entry a bucket when full
+    BYTES_PER_BUCKET = 1024  # the usual entry is a table slice of about that size: one entry a bucket when full
 
 
 cdef class Cache:
@@ -64,11 +64,31 @@ cdef entry_t* cache_acquire(
     if entry == NULL:
         entry = insert(cache, kind, source, place, capacity)
     else:
-        if entry.references == 0:
-            unlink_use(cache, entry)
-        entry.references += 1
+        refer(cache, entry)
         while entry.state == STATE_LOADING:
             pthread_cond_wait(&cache.settled, &cache.lock)
+    pthread_mutex_unlock(&cache.lock)
+    return entry
+
+
+cdef entry_t* cache_begin(
+    cache_t* cache, entry_kind kind, uint32_t source, uint64_t place, uint64_t capacity) noexcept nogil:
+    cdef entry_t* entry = NULL
+    pthread_mutex_lock(&cache.lock)
+    if find(cache, kind, source, place) == NULL:
+        entry = insert(cache, kind, source, place, capacity)
+    pthread_mutex_unlock(&cache.lock)
+    return entry
+
+
+cdef entry_t* cache_find(cache_t* cache, entry_kind kind, uint32_t source, uint64_t place) noexcept nogil:
+    cdef entry_t* entry
+    pthread_mutex_lock(&cache.lock)
+    entry = find(cache, kind, source, place)
+    if entry != NULL and entry.state != STATE_READY:
+        entry = NULL
+    if entry != NULL:
+        refer(cache, entry)
     pthread_mutex_unlock(&cache.lock)
     return entry
 
@@ -117,6 +137,12 @@ cdef entry_t* find(cache_t* cache, entry_kind kind, uint32_t source, uint64_t pl
             return entry
         entry = entry.chain
     return NULL
+
+
+cdef inline void refer(cache_t* cache, entry_t* entry) noexcept nogil:
+    if entry.references == 0:
+        unlink_use(cache, entry)
+    entry.references += 1
 
 
 cdef entry_t* insert(

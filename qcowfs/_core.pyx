@@ -9,29 +9,33 @@ import logging
 import os
 from typing import NamedTuple
 
-from libc.errno cimport EIO, ENOMEM
+from libc.errno cimport ENXIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 
-from qcowfs._cache cimport (
-    KIND_CLUSTER, STATE_FAILED, STATE_LOADING, Cache, cache_abandon, cache_acquire, cache_publish, cache_release,
-    cache_t, entry_t,
-)
-from qcowfs._codec cimport codec_inflate, codec_zstd
+from qcowfs._cache cimport Cache
+from qcowfs._clusters cimport cluster_preload, cluster_read
+from qcowfs._resolve cimport disk_resolve, disk_t, range_bits_of, resolved_t
 from qcowfs._tables cimport (
     COMPRESSED, LAYER_RAW, NORMAL, RULE_BAD_STREAM, RULE_COMPRESSED_IN_DATA_FILE, RULE_DATA_FILE_OFFSET,
     RULE_L1_PAST_END, RULE_L1_UNALIGNED, RULE_L2_PAST_END, RULE_L2_UNALIGNED, RULE_NO_MEMORY, RULE_READ_FAILED,
     RULE_REFCOUNT_PAST_END, RULE_SECTOR_UNALIGNED, RULE_SUBCLUSTER_BOTH, RULE_SUBCLUSTER_WITHOUT_CLUSTER,
-    RULE_ZERO_IN_VERSION_2, UNALLOCATED, ZERO, ZERO_ALLOCATED, LayerMap, fault_t, layer_map, layer_t, mapping_t, mapping_type, rule_t,
+    RULE_ZERO_IN_VERSION_2, ZERO, ZERO_ALLOCATED, LayerMap, fault_t, layer_fault, layer_t, mapping_type,
 )
+from qcowfs.clib.atomic cimport atomic_load, atomic_store
 
 from qcowfs.errors import ReadFault
 
 cdef enum:
     SECTOR_SIZE = 512
-    STREAM_IS_BAD = -1  # an abandoned cluster's failure; errno values are positive
+    PRELOAD_SHARE = 4  # of the cache's budget, what one read may put there before it uses it
+    SEEK_TIME_MS = 1000  # a seek gives up after it
+    SEEK_STEPS = 64  # extents between two looks at the clock
+
+cdef uint32_t last_identity = 0
 
 RULES = {
     RULE_L1_UNALIGNED: "the L1 entry names an L2 table that is not aligned to a cluster",
@@ -79,11 +83,14 @@ cdef class Disk:
         layers: LayerMap objects, from the point's own state down to the base.
         virtual_size: bytes.
         cache: shared by all points of a mount.
+        identity: a number of the caller's for this point, > 0 and no other point's: what is resolved is remembered
+            under it, also after this object is gone. 0: nobody will ask again.
 
     Making one reads nothing.
     """
 
-    def __init__(self, layers, uint64_t virtual_size, Cache cache not None):
+    def __init__(self, layers, uint64_t virtual_size, Cache cache not None, uint32_t identity=0):
+        global last_identity
         cdef uint32_t number
         cdef LayerMap layer
         self.layers = tuple(layers)
@@ -97,8 +104,12 @@ cdef class Disk:
         for number, layer in enumerate(self.layers):
             self.c.layers[number] = &layer.c
         self.c.count = <uint32_t>len(self.layers)
+        self.c.range_bits = range_bits_of(self.c.layers, self.c.count)
         self.c.virtual_size = virtual_size
         self.c.cache = &cache.c
+        if identity == 0:
+            last_identity -= 1
+        self.c.identity = identity or last_identity
 
     def __dealloc__(self):
         free(self.c.layers)
@@ -123,7 +134,7 @@ cdef class Disk:
         cdef int status
         with nogil:
             status = disk_read(&self.c, buffer, offset, length, &fault)
-        if self.c.past_end != NULL and not self.warned:
+        if atomic_load(&self.c.past_end) and not self.warned:
             self.warn_past_end()
         if status < 0:
             raise self.read_fault(&fault)
@@ -158,6 +169,15 @@ cdef class Disk:
             offset += extent.length
         return found
 
+    def seek(self, uint64_t offset, int whence):
+        """Return where the first data (SEEK_DATA) or hole (SEEK_HOLE) at `offset` or after it is; None: nowhere."""
+        cdef uint64_t found = 0
+        cdef bint data = whence == os.SEEK_DATA
+        cdef int status
+        with nogil:
+            status = disk_seek(&self.c, offset, data, &found)
+        return found if status == 0 else None
+
     cdef object extent_at(self, uint64_t offset, uint64_t length):
         cdef resolved_t resolved
         cdef fault_t fault
@@ -168,7 +188,7 @@ cdef class Disk:
                 status = find_hole(&resolved, offset, &fault)
         if status < 0:
             raise self.read_fault(&fault)
-        return make_extent(&resolved, offset)
+        return make_extent(&resolved, self.c.layers[resolved.number].depth, offset)
 
     cdef object read_fault(self, const fault_t* fault):
         cdef LayerMap layer = self.layers[0]
@@ -184,7 +204,7 @@ cdef class Disk:
         cdef LayerMap layer
         self.warned = True
         for layer in self.layers:
-            if &layer.c == self.c.past_end:
+            if layer.c.depth + 1 == atomic_load(&self.c.past_end):
                 logger.warning("%s: layer %d: data past the end of the file reads as zeros: the image may be truncated",
                                layer.data.name, layer.c.depth)
         return 0
@@ -199,12 +219,12 @@ def _continues(first, following):
     return first.offset + first.length == following.offset
 
 
-cdef object make_extent(const resolved_t* resolved, uint64_t offset):
+cdef object make_extent(const resolved_t* resolved, uint32_t depth, uint64_t offset):
     cdef mapping_type kind = resolved.mapping.type
     if resolved.layer == NULL:
-        return Extent(offset, resolved.mapping.length, resolved.depth, False, True, False, False, None)
+        return Extent(offset, resolved.mapping.length, depth, False, True, False, False, None)
     return Extent(
-        offset, resolved.mapping.length, resolved.layer.depth, True, kind == ZERO or kind == ZERO_ALLOCATED,
+        offset, resolved.mapping.length, depth, True, kind == ZERO or kind == ZERO_ALLOCATED,
         kind == NORMAL or kind == COMPRESSED, kind == COMPRESSED,
         resolved.mapping.host_offset if kind == NORMAL or kind == ZERO_ALLOCATED else None)
 
@@ -216,65 +236,58 @@ cdef int find_hole(resolved_t* resolved, uint64_t offset, fault_t* fault) noexce
         return 0
     status = resolved.layer.data.status(resolved.layer.data, offset, &resolved.mapping.length)
     if status < 0:
-        return fail(fault, resolved.layer, RULE_READ_FAILED, -status, offset, offset)
+        return layer_fault(fault, resolved.layer, RULE_READ_FAILED, -status, offset, offset)
     if status == 0:
         resolved.mapping.type = ZERO_ALLOCATED
     return 0
 
 
-cdef int fail(
-    fault_t* fault, const layer_t* layer, rule_t rule, int error, uint64_t offset, uint64_t host_offset
-) noexcept nogil:
-    fault.rule = rule
-    fault.error = error
-    fault.depth = layer.depth
-    fault.guest_offset = offset
-    fault.host_offset = host_offset
-    return -1
-
-
-cdef int disk_resolve(
-    const disk_t* disk, uint64_t offset, uint64_t length, resolved_t* resolved, fault_t* fault) noexcept nogil:
-    cdef uint32_t number
-    cdef layer_t* layer
-    for number in range(disk.count):
-        layer = disk.layers[number]
-        if offset >= layer.virtual_size:  # shorter than the layer above: zeros, whatever lies below
-            break
-        length = min(length, layer.virtual_size - offset)
-        resolved.depth = layer.depth
-        if layer_map(layer, disk.cache, offset, length, &resolved.mapping, fault) < 0:
+cdef int disk_read(
+    disk_t* disk, char* buffer, uint64_t offset, uint64_t length, fault_t* fault) noexcept nogil:
+    # Neighbours that lie together in the file are joined before they are read: one system call for all of them. A
+    # fault anywhere fails the whole read, so nothing is lost by finding it before the bytes in front of it are read.
+    cdef resolved_t run
+    cdef resolved_t following
+    cdef bint preloaded = False
+    if length > 0 and disk_resolve(disk, offset, length, &run, fault) < 0:
+        return -1
+    while length > 0:  # a resolved length is > 0
+        while run.mapping.length < length:
+            if disk_resolve(
+                    disk, offset + run.mapping.length, length - run.mapping.length, &following, fault) < 0:
+                return -1
+            if not joins(&run, &following):
+                break
+            run.mapping.length += following.mapping.length
+        if run.mapping.type == COMPRESSED and run.mapping.length < length and not preloaded:
+            preload_all(disk, offset, length)
+            preloaded = True
+        if read_run(disk, &run, buffer, offset, fault) < 0:
             return -1
-        length = min(length, resolved.mapping.length)
-        if resolved.mapping.type != UNALLOCATED:
-            resolved.layer = layer
-            resolved.mapping.length = length
-            return 0
-    resolved.layer = NULL
-    resolved.mapping.type = UNALLOCATED
-    resolved.mapping.length = length
+        buffer += run.mapping.length
+        offset += run.mapping.length
+        length -= run.mapping.length
+        run = following
     return 0
 
 
-cdef int disk_read(
-    disk_t* disk, char* buffer, uint64_t offset, uint64_t length, fault_t* fault) noexcept nogil:
-    cdef resolved_t resolved
-    cdef int status
-    while length > 0:  # a resolved length is > 0
-        if disk_resolve(disk, offset, length, &resolved, fault) < 0:
-            return -1
-        if resolved.mapping.type == NORMAL:
-            status = read_normal(disk, &resolved, buffer, offset, fault)
-        elif resolved.mapping.type == COMPRESSED:
-            status = read_compressed(disk, &resolved, buffer, offset, fault)
-        else:
-            memset(buffer, 0, resolved.mapping.length)
-            status = 0
-        if status < 0:
-            return -1
-        buffer += resolved.mapping.length
-        offset += resolved.mapping.length
-        length -= resolved.mapping.length
+cdef inline bint joins(const resolved_t* run, const resolved_t* following) noexcept nogil:
+    if run.layer == NULL or run.layer != following.layer:
+        return run.layer == following.layer
+    if run.mapping.type != NORMAL:
+        return False
+    return (following.mapping.type == NORMAL
+            and following.mapping.host_offset == run.mapping.host_offset + run.mapping.length)
+
+
+cdef inline int read_run(
+    disk_t* disk, const resolved_t* run, char* buffer, uint64_t offset, fault_t* fault) noexcept nogil:
+    if run.mapping.type == NORMAL:
+        return read_normal(disk, run, buffer, offset, fault)
+    if run.mapping.type == COMPRESSED:
+        atomic_store(&disk.compressed, 1)
+        return cluster_read(disk.cache, run.layer, &run.mapping, buffer, offset, fault)
+    memset(buffer, 0, run.mapping.length)
     return 0
 
 
@@ -284,56 +297,68 @@ cdef int read_normal(
     cdef uint64_t length = resolved.mapping.length
     cdef int64_t got = layer.data.pread(layer.data, buffer, length, resolved.mapping.host_offset)
     if got < 0:
-        return fail(fault, layer, RULE_READ_FAILED, <int>-got, offset, resolved.mapping.host_offset)
+        return layer_fault(fault, layer, RULE_READ_FAILED, <int>-got, offset, resolved.mapping.host_offset)
     if <uint64_t>got < length:  # QEMU reads zeros past the end of a file too
         memset(buffer + got, 0, length - <uint64_t>got)
         if layer.kind != LAYER_RAW or length - <uint64_t>got >= SECTOR_SIZE:  # a raw disk ends with a whole sector
-            disk.past_end = layer
+            atomic_store(&disk.past_end, layer.depth + 1)
     return 0
 
 
-cdef int read_compressed(
-    disk_t* disk, const resolved_t* resolved, char* buffer, uint64_t offset, fault_t* fault) noexcept nogil:
-    cdef const layer_t* layer = resolved.layer
-    cdef uint64_t cluster_size = <uint64_t>1 << layer.cluster_bits
-    cdef entry_t* cluster = cache_acquire(
-        disk.cache, KIND_CLUSTER, layer.source.identity, resolved.mapping.descriptor, cluster_size)
-    cdef int failure = 0
-    if cluster == NULL:
-        return fail(fault, layer, RULE_NO_MEMORY, ENOMEM, offset, resolved.mapping.host_offset)
-    if cluster.state == STATE_LOADING:
-        load_cluster(disk.cache, layer, &resolved.mapping, cluster)
-    if cluster.state == STATE_FAILED:
-        failure = cluster.failure
-    else:
-        memcpy(buffer, cluster.payload + (offset & (cluster_size - 1)), resolved.mapping.length)
-    cache_release(disk.cache, cluster)
-    if failure == 0:
-        return 0
-    if failure == STREAM_IS_BAD:
-        return fail(fault, layer, RULE_BAD_STREAM, EIO, offset, resolved.mapping.host_offset)
-    return fail(fault, layer, RULE_READ_FAILED, failure, offset, resolved.mapping.host_offset)
-
-
-cdef void load_cluster(
-    cache_t* cache, const layer_t* layer, const mapping_t* mapping, entry_t* cluster) noexcept nogil:
-    cdef char* stream = <char*>malloc(mapping.host_length + 1)
-    cdef int64_t got
-    cdef int status
-    if stream == NULL:
-        cache_abandon(cache, cluster, ENOMEM)
+cdef void preload_all(disk_t* disk, uint64_t offset, uint64_t length) noexcept nogil:
+    """Do what others have not begun before waiting for what they have: two threads share the work of one read."""
+    cdef uint64_t end = offset + length
+    if length > disk.cache.budget // PRELOAD_SHARE:  # it would be thrown out before it is used
         return
-    # The stream's last sector may lie past the end of the file: a short read is legal.
-    got = layer.source.pread(layer.source, stream, mapping.host_length, mapping.host_offset)
-    if got < 0:
-        cache_abandon(cache, cluster, <int>-got)
-    else:
-        if layer.zstd:
-            status = codec_zstd(stream, <uint64_t>got, cluster.payload, cluster.capacity)
-        else:
-            status = codec_inflate(stream, <uint64_t>got, cluster.payload, cluster.capacity)
-        if status < 0:
-            cache_abandon(cache, cluster, STREAM_IS_BAD)
-        else:
-            cache_publish(cache, cluster, cluster.capacity)
-    free(stream)
+    while offset < end:
+        offset = disk_preload(disk, offset, end)
+
+
+cdef uint64_t disk_preload(disk_t* disk, uint64_t offset, uint64_t end) noexcept nogil:
+    cdef resolved_t resolved
+    cdef fault_t ignored
+    while offset < end:  # a resolved length is > 0
+        if disk_resolve(disk, offset, end - offset, &resolved, &ignored) < 0:
+            return end
+        offset += resolved.mapping.length
+        if resolved.mapping.type == COMPRESSED and cluster_preload(disk.cache, resolved.layer, &resolved.mapping):
+            return offset
+    return end
+
+
+cdef int disk_seek(const disk_t* disk, uint64_t offset, bint data, uint64_t* found) noexcept nogil:
+    cdef int64_t deadline = monotonic_ms() + SEEK_TIME_MS
+    cdef uint32_t step = 0
+    cdef uint64_t length
+    if offset >= disk.virtual_size:
+        return ENXIO
+    while offset < disk.virtual_size:  # length is > 0
+        if holds_data(disk, offset, &length) == data:
+            found[0] = offset
+            return 0
+        offset += length
+        step += 1
+        if step % SEEK_STEPS == 0 and monotonic_ms() > deadline:
+            # A hole that is called data is only slow; so the search may end anywhere, and a hostile image cannot make
+            # it last.
+            found[0] = min(offset, disk.virtual_size) if data else disk.virtual_size
+            return 0
+    found[0] = disk.virtual_size
+    return ENXIO if data else 0
+
+
+cdef bint holds_data(const disk_t* disk, uint64_t offset, uint64_t* length) noexcept nogil:
+    cdef resolved_t resolved
+    cdef fault_t ignored
+    if disk_resolve(disk, offset, disk.virtual_size - offset, &resolved, &ignored) < 0 or (
+            find_hole(&resolved, offset, &ignored) < 0):
+        length[0] = min(SECTOR_SIZE - offset % SECTOR_SIZE, disk.virtual_size - offset)
+        return True
+    length[0] = resolved.mapping.length
+    return resolved.mapping.type == NORMAL or resolved.mapping.type == COMPRESSED
+
+
+cdef inline int64_t monotonic_ms() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000 + now.tv_nsec // 1000000

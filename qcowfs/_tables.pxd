@@ -71,13 +71,19 @@ cdef struct layer_t:
     bint zstd
     uint64_t l1_offset
     uint64_t l1_entries
-    bint data_past_end  # set once a NORMAL cluster was found to lie past the end of the file
 
 
 # This layer's answer at `offset` (which is within it), for at most `length` bytes. Returns 0, or -1 with `fault`.
 cdef int layer_map(
     const layer_t* layer, cache_t* cache, uint64_t offset, uint64_t length,
     mapping_t* mapping, fault_t* fault) noexcept nogil
+
+# log2 of the bytes that one answer covers: a subcluster with extended L2 entries, else a cluster. Not of a raw layer.
+cdef uint32_t unit_bits(const layer_t* layer) noexcept nogil
+
+# Fill in all of `fault`. Returns -1.
+cdef int layer_fault(
+    fault_t* fault, const layer_t* layer, rule_t rule, int error, uint64_t offset, uint64_t host_offset) noexcept nogil
 
 # The slice of a table (or of the file's bytes) at `place`, through the cache; NULL with `fault`'s rule, error and
 # host offset. The caller releases it.

@@ -185,7 +185,7 @@ cdef int map_run(
     const layer_t* layer, const uint64_t* words, uint64_t index, uint64_t last, uint64_t offset,
     mapping_t* mapping, fault_t* fault) noexcept nogil:
     """Map `offset` by the entry at words[index], and go on over the entries that continue it in the file."""
-    cdef uint64_t unit = unit_size(layer)
+    cdef uint64_t unit = <uint64_t>1 << unit_bits(layer)
     cdef uint64_t start = offset & ~(unit - 1)
     cdef uint64_t within = offset - start
     cdef uint64_t limit = within + mapping.length
@@ -222,9 +222,8 @@ cdef inline bint continues(const mapping_t* first, const mapping_t* following, u
     return True
 
 
-cdef inline uint64_t unit_size(const layer_t* layer) noexcept nogil:
-    """Bytes that one answer covers: a subcluster with extended L2 entries, else a cluster."""
-    return (<uint64_t>1 << layer.cluster_bits) >> (5 if layer.extended_l2 else 0)
+cdef uint32_t unit_bits(const layer_t* layer) noexcept nogil:
+    return layer.cluster_bits - (<uint32_t>5 if layer.extended_l2 else <uint32_t>0)
 
 
 cdef inline uint64_t cluster_end(const layer_t* layer, uint64_t offset) noexcept nogil:
@@ -340,6 +339,13 @@ cdef inline int fail(fault_t* fault, rule_t rule, int error, uint64_t host_offse
     fault.error = error
     fault.host_offset = host_offset
     return -1
+
+
+cdef int layer_fault(
+    fault_t* fault, const layer_t* layer, rule_t rule, int error, uint64_t offset, uint64_t host_offset) noexcept nogil:
+    fault.depth = layer.depth
+    fault.guest_offset = offset
+    return fail(fault, rule, error, host_offset)
 
 
 cdef entry_t* table_slice(

@@ -1,7 +1,8 @@
 """The mount as pyfuse3 sees it: an adapter, and the only module that knows FUSE's types. No decision is made here.
 
-Used by mount.py. The trio thread only, but for the count of st_blocks, which goes to a worker thread. Reads are
-synchronous: a warm one takes a few microseconds, and a trip to a thread and back takes ten times as long.
+Used by mount.py. The trio thread only, but for the count of st_blocks, which goes to a worker thread. READ comes here
+only with --no-data-plane, and is synchronous: a warm read takes a few microseconds, and a trip to a thread and back
+takes ten times as long.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
+from qcowfs._core import Disk
+from qcowfs._handles import Handles
 from qcowfs.errors import QcowfsError
 from qcowfs.vfs.node import Attributes, Directory, DiskFile, Node, RawFile, Symlink
 from qcowfs.vfs.tree import Tree
@@ -63,12 +66,15 @@ class Operations(pyfuse3.Operations):
     Args:
         tree: what is mounted.
         occupied: bytes that the chain's files take on the host, for statfs.
+        handles: where open files are entered, for the data plane too.
     """
 
-    def __init__(self, tree: Tree, occupied: int) -> None:
+    def __init__(self, tree: Tree, occupied: int, handles: Handles) -> None:
         super().__init__()
         self._tree = tree
         self._occupied = occupied
+        self._handles = handles
+        self._opened: dict[int, RawFile] = {}  # by the handle's number
         self._counting = trio.CapacityLimiter(1)  # `DiskFile.count` is for one thread at a time
 
     # Names and attributes
@@ -123,10 +129,11 @@ class Operations(pyfuse3.Operations):
 
     @translated
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        entries = list(self._directory(fh).entries.items())
-        for place, (name, node) in enumerate(entries[start_id:], start_id + 1):
+        listing = self._directory(fh).listing
+        for place in range(start_id, len(listing)):
+            name, node = listing[place]
             # `ls` alone must not walk the tables of a thousand snapshots; for `ls -l` the kernel asks again.
-            if not pyfuse3.readdir_reply(token, name, _entry(node.listed()), place):
+            if not pyfuse3.readdir_reply(token, name, _entry(node.listed()), place + 1):
                 break
 
     # Bytes
@@ -136,19 +143,21 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
         node = self._file(inode)
-        node.open()
-        # All handles of a file share one disk, so the inode number serves as the handle.
-        return FileInfo(fh=inode, direct_io=node.live, keep_cache=not node.live)
+        disk = node.open()
+        fh = self._handles.attach(disk if isinstance(disk, Disk) else None, node)
+        self._opened[fh] = node
+        return FileInfo(fh=fh, direct_io=node.live, keep_cache=not node.live)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         try:  # not @translated: one more coroutine on the hot path
-            return self._file(fh).read(off, size)
+            return self._opened[fh].read(off, size)
         except Exception as error:
             raise FUSEError(_errno(error, "read")) from error
 
     @translated
     async def release(self, fh: int) -> None:
-        self._file(fh).release()
+        self._handles.detach(fh)
+        self._opened.pop(fh).release()
 
     async def flush(self, fh: int) -> None:
         """Nothing is ever dirty."""

@@ -38,6 +38,8 @@ MIN_QCOW1_L2_BITS = 6  # QEMU: 9 - 3
 MAX_QCOW1_L2_BITS = 13  # QEMU: 16 - 3
 MAX_QCOW1_L1_SIZE = 256 << 20  # 64 TiB as QEMU makes them; it opens eight times that, and reads all of it first
 
+MIN_CACHE_SIZE = 1 << 20  # less than this holds not even what a few reads need at once
+MAX_CACHE_SIZE = 1 << 40  # what is more is a slip of the pen
 DEFAULT_CACHE_SIZE = 32 << 20  # L1/L2 slices and decompressed clusters of one mount, all points together
 TABLE_SLICE_SIZE = 4096  # tables are read and cached in such slices: a random read of a huge image costs no more
 MAX_COUNTED_TABLES = 64 << 20  # bytes of L2 tables that one mount walks to answer st_blocks exactly; then an estimate

@@ -1,11 +1,13 @@
 """The session of one mount: what is checked before it, FUSE's start, readiness, signals, the end.
 
-Used by cli/mount.py. A session runs in the main thread of its process: trio there, and worker threads only for calls
-that may block on this very mount. Importable without pyfuse3, so that its absence is a message and not a traceback.
+Used by cli/mount.py. A session runs in the main thread of its process: trio there, worker threads for calls that may
+block on this very mount, and the threads of the data plane between the FUSE device and pyfuse3. Importable without
+pyfuse3, so that its absence is a message and not a traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -24,6 +26,8 @@ from qcowfs.watcher import Watcher
 if TYPE_CHECKING:
     import trio
 
+    from qcowfs._dataplane import DataPlane
+    from qcowfs._handles import Handles
     from qcowfs.mountoptions import MountOptions
 
 __all__ = ["Session", "check_fuse", "notify_systemd"]
@@ -33,6 +37,9 @@ FUSE_DEVICE_NUMBER = os.makedev(10, 229)  # Linux, Documentation/admin-guide/dev
 FUSE_CONFIGURATION = "/etc/fuse.conf"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+READ_AHEAD_KIB = 1024  # of the mount, if root mounts: as much as one READ can carry; the kernel's default is 128
+MAX_WORKERS = 16  # of the data plane; each has a buffer of 1 MiB at most
+MAX_HELPERS = 3  # that decompress ahead: so many cores one reader can keep busy
 GRACE = 0.5  # seconds that a mount nobody uses takes at most to go away
 
 logger = logging.getLogger("qcowfs.mount")
@@ -88,7 +95,7 @@ class Session:
         tree: what to show.
         image: absolute path of the image; findmnt shows it as the source.
         directory: real path of a directory that `mountpoint.check` found right.
-        options: allow_other, allow_root and auto_unmount are used here.
+        options: allow_other, allow_root, auto_unmount and no_data_plane are used here.
         occupied: bytes that the chain takes on the host, for statfs.
         obey_hangup: SIGHUP is an order to stop (a foreground process whose terminal is gone), not noise.
     """
@@ -111,6 +118,7 @@ class Session:
         self._stop_signals = SIGNALS if obey_hangup else STOP_SIGNALS
         self._device: str | None = None  # "major:minor" of the mount
         self._watcher: Watcher | None = None  # of -o auto_unmount
+        self._plane: DataPlane | None = None
         self._ready = False  # the mount answered, and somebody was told
         self._gone = False  # the mount is not in the tree any more, or not ours to take out
         self._stopping = False  # a signal came
@@ -137,6 +145,8 @@ class Session:
             trio.run(self._main, ready)
             unmount = not self._gone
         finally:
+            if self._plane is not None:
+                self._plane.stop()
             pyfuse3.close(unmount=unmount or not self._ready)
         if self._watcher is not None:
             self._watcher.dismiss()
@@ -145,17 +155,38 @@ class Session:
     def _start(self) -> None:
         import pyfuse3
 
+        from qcowfs._handles import Handles
         from qcowfs.fuse import Operations
 
+        handles = Handles()
+        others = _fuse_descriptors()
         with _standard_error_captured() as said:
             try:
-                pyfuse3.init(Operations(self._tree, self._occupied), self._directory, self._fuse_options())
+                pyfuse3.init(Operations(self._tree, self._occupied, handles), self._directory, self._fuse_options())
             except RuntimeError as error:
                 raise _refusal(self._directory, said()) from error
         mount = mountpoint.uppermost(self._directory)
         self._device = mount.device if mount else None
         if self._options.auto_unmount and self._device is not None:
             self._watcher = Watcher(self._directory, self._device)
+        if not self._options.no_data_plane:
+            self._start_plane(handles, others)
+
+    def _start_plane(self, handles: Handles, others: set[int]) -> None:
+        """Put the data plane between the device and pyfuse3; `others` were FUSE devices before there was this one."""
+        import pyfuse3
+
+        from qcowfs._dataplane import DataPlane
+
+        (descriptor,) = _fuse_descriptors() - others
+        cores = len(os.sched_getaffinity(0))
+        plane = DataPlane(descriptor, handles, workers=min(2 * cores, MAX_WORKERS), helpers=min(cores - 1, MAX_HELPERS))
+        try:
+            plane.start()
+        except OSError as error:
+            pyfuse3.close(unmount=True)
+            raise FuseUnavailable(f"no threads for the data plane: {error.strerror}") from error
+        self._plane = plane
 
     def _fuse_options(self) -> set[str]:
         """Return libfuse's options. Without allow_other nobody else gets in, so the kernel need not check modes."""
@@ -166,7 +197,6 @@ class Session:
         return options
 
     async def _main(self, ready: Callable[[], None]) -> None:
-        import pyfuse3
         import trio
 
         with trio.open_signal_receiver(*SIGNALS) as signals:
@@ -174,16 +204,39 @@ class Session:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._announce, ready)
                 nursery.start_soon(self._obey, signals, nursery)
-                # One task: reads are synchronous anyway, and pyfuse3's pool of tasks starts and ends one for almost
-                # every request (4 KiB random reads, 4 jobs: 34 k IOPS with the default, 42 k with one task).
-                await pyfuse3.main(max_tasks=1)
+                if self._plane is not None:
+                    nursery.start_soon(self._wait_for_the_end, self._plane)
+                await self._answer()
                 nursery.cancel_scope.cancel()
+
+    async def _answer(self) -> None:
+        """Answer requests until the mount is gone."""
+        import pyfuse3
+
+        try:
+            # One task: reads are synchronous anyway, and pyfuse3's pool of tasks starts and ends one for almost
+            # every request (4 KiB random reads, 4 jobs: 34 k IOPS with the default, 42 k with one task).
+            await pyfuse3.main(max_tasks=1)
+        except* OSError as errors:
+            # Somebody aborted the connection through /sys/fs/fuse/connections; the data plane takes that as an end.
+            if errors.split(_is_abort)[1] is not None:
+                raise
+
+    async def _wait_for_the_end(self, plane: DataPlane) -> None:
+        """End pyfuse3's loop when the data plane finds the mount gone; with it there, pyfuse3 cannot see that."""
+        import pyfuse3
+        import trio
+
+        await trio.lowlevel.wait_readable(plane.fileno())
+        pyfuse3.terminate()
 
     async def _announce(self, ready: Callable[[], None]) -> None:
         """Say ready when the mount has answered: FUSE's start is only over then."""
         import trio
 
         await trio.to_thread.run_sync(os.statvfs, self._directory, abandon_on_cancel=True)
+        if self._device is not None:
+            _read_ahead(self._device)
         ready()
         self._ready = True
 
@@ -225,6 +278,27 @@ class Session:
             return
         self._gone = True  # before the error: what is mounted there now must be left alone
         raise MountpointError(self._directory, "it is mounted no more, or something is mounted over it")
+
+
+def _fuse_descriptors() -> set[int]:
+    """Return the descriptors of this process that are FUSE devices; pyfuse3 does not tell which one it has."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that lists them is closed by now
+            status = os.fstat(int(name))
+            if stat.S_ISCHR(status.st_mode) and status.st_rdev == FUSE_DEVICE_NUMBER:
+                found.add(int(name))
+    return found
+
+
+def _is_abort(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ECONNABORTED
+
+
+def _read_ahead(device: str) -> None:
+    """Let the kernel read ahead as much as one READ carries; only root may, and only where /sys is writable."""
+    with suppress(OSError), open(f"/sys/class/bdi/{device}/read_ahead_kb", "w", encoding="ascii") as setting:
+        setting.write(str(READ_AHEAD_KIB))
 
 
 class _LibfuseOption(str):

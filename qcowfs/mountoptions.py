@@ -10,26 +10,31 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from qcowfs import limits
 from qcowfs.errors import UsageError, printable
 
-__all__ = ["KNOWN", "MountOptions", "parse"]
+__all__ = ["KNOWN", "MountOptions", "cache_size", "parse"]
 
 _FLAGS = {
     "allow_other": "allow_other",
     "allow_root": "allow_root",
     "auto_unmount": "auto_unmount",
     "live": "live",
+    "no_data_plane": "no_data_plane",
     "no_lock": "no_lock",
     "nolock": "no_lock",
     "nonempty": "nonempty",
     "rw": "rw",
 }
 _VALUES = {"image_format": "image_format", "log_file": "log_file"}
+_SIZES = {"cache_size": "cache_size"}
 _LISTS = {"allow_backing": "allow_backing"}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}  # as qemu-img takes them, and with "iB" as it prints them
+_SIZE = re.compile(r"(\d{1,12})([KMG]?)(?:iB)?", re.IGNORECASE | re.ASCII)
 
 KNOWN = (
-    *("allow_backing=DIR|any", "allow_other", "allow_root", "auto_unmount", "image_format=FORMAT", "live"),
-    *("log_file=FILE", "no_lock", "nonempty", "ro"),
+    *("allow_backing=DIR|any", "allow_other", "allow_root", "auto_unmount", "cache_size=SIZE", "image_format=FORMAT"),
+    *("live", "log_file=FILE", "no_data_plane", "no_lock", "nonempty", "ro"),
 )
 
 # Kernel mount flags and fstab's own words (mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS). A FUSE mount is nosuid
@@ -43,6 +48,8 @@ _FROM_MOUNT = frozenset(
         *("lazytime", "nolazytime"),
     )
 )
+_Found = dict[str, bool | int | str | tuple[str, ...]]
+
 _FROM_MOUNT_WITH_VALUE = re.compile(r"(?:[xX]-.*|comment=.*|user=.*|helper=.*|uhelper=.*)", re.DOTALL)
 
 
@@ -55,17 +62,20 @@ class MountOptions:
         auto_unmount: let the mount vanish when its daemon dies, instead of staying dead.
         nonempty: mount over a directory that is not empty, or over another mount.
         rw: somebody asked for a writable mount; there is none.
-        allow_backing, no_lock, live, image_format, log_file: as the options of `qcowfs mount`.
+        allow_backing, cache_size, no_data_plane, no_lock, live, image_format, log_file: as the options of `qcowfs
+            mount`.
     """
 
     allow_other: bool = False
     allow_root: bool = False
     auto_unmount: bool = False
     live: bool = False
+    no_data_plane: bool = False
     no_lock: bool = False
     nonempty: bool = False
     rw: bool = False
     allow_backing: tuple[str, ...] = ()
+    cache_size: int = limits.DEFAULT_CACHE_SIZE
     image_format: str | None = None
     log_file: str | None = None
 
@@ -79,7 +89,7 @@ def parse(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     Raises:
         UsageError: a word is not known, or lacks its value; the message lists the known ones.
     """
-    found: dict[str, bool | str | tuple[str, ...]] = {}
+    found: _Found = {}
     for word in _words(texts):
         if not _take(word, found) and not sloppy:
             raise UsageError(f"unknown mount option '{printable(word)}'", hint=f"known are {', '.join(KNOWN)}")
@@ -88,13 +98,29 @@ def parse(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     return MountOptions(**found)  # type: ignore[arg-type]  # keys and types are those of the tables above
 
 
-def _take(word: str, found: dict[str, bool | str | tuple[str, ...]]) -> bool:
+def cache_size(text: str) -> int:
+    """Return the bytes that `text` ("48M", say) stands for.
+
+    Raises:
+        UsageError: it is no size, or not one that a cache can have.
+    """
+    match = _SIZE.fullmatch(text)
+    size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
+    if not limits.MIN_CACHE_SIZE <= size <= limits.MAX_CACHE_SIZE:
+        hint = f"from {limits.MIN_CACHE_SIZE >> 20}M on, with K, M or G behind it"
+        raise UsageError(f"'{printable(text)}' is not a size for the cache", hint=hint)
+    return size
+
+
+def _take(word: str, found: _Found) -> bool:
     """Enter `word` into `found`; False if nobody knows it."""
     key, equals, value = word.partition("=")
     if word in _FLAGS:
         found[_FLAGS[word]] = True
     elif equals and key in _VALUES:
         found[_VALUES[key]] = _required(key, value)
+    elif equals and key in _SIZES:
+        found[_SIZES[key]] = cache_size(_required(key, value))
     elif equals and key in _LISTS:
         before = found.get(_LISTS[key], ())
         assert isinstance(before, tuple)

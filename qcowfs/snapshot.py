@@ -103,8 +103,11 @@ def _snapshot_point(layer: Layer, entry: SnapshotEntry, *, frozen: bool) -> Poin
     )
 
 
-def open_disk(chain: Chain, point: Point, cache: Cache) -> Disk:
+def open_disk(chain: Chain, point: Point, cache: Cache, identity: int = 0) -> Disk:
     """Return the disk of `point`. Reads nothing: tables are read when data is.
+
+    Args:
+        identity: a number that stands for `point` as long as `cache` lives; 0: this disk is the only one of it.
 
     Raises:
         UnsupportedImage: a layer that it reads through is encrypted.
@@ -114,7 +117,7 @@ def open_disk(chain: Chain, point: Point, cache: Cache) -> Disk:
     for layer in (point.layer, *below):
         require_plain(layer)
     maps = [layer_map(point.layer, point.entry), *(layer_map(layer) for layer in below)]
-    return Disk(maps, point.virtual_size, cache)
+    return Disk(maps, point.virtual_size, cache, identity)
 
 
 def require_plain(layer: Layer) -> None:

@@ -51,7 +51,7 @@ function _shtab_qcowfs_using
 end
 
 set -g _shtab_qcowfs_commands mount umount list info map
-set -g _shtab_qcowfs_opts_with_value --allow-backing --image-format --log-file -o
+set -g _shtab_qcowfs_opts_with_value --allow-backing --cache-size --image-format --log-file -o
 
 complete -c qcowfs -e
 complete -c qcowfs -f
@@ -65,10 +65,12 @@ complete -c qcowfs -n '_shtab_qcowfs_using mount' -l allow-backing -xka "(__fish
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -s f -l foreground -d 'stay in the foreground; Ctrl-C unmounts'
-complete -c qcowfs -n '_shtab_qcowfs_using mount' -s o -x -d 'mount options: allow_backing=DIR|any, allow_other, allow_root, auto_unmount, image_format=FORMAT, live, log_file=FILE, no_lock, nonempty, ro'
+complete -c qcowfs -n '_shtab_qcowfs_using mount' -s o -x -d 'mount options: allow_backing=DIR|any, allow_other, allow_root, auto_unmount, cache_size=SIZE, image_format=FORMAT, live, log_file=FILE, no_data_plane, no_lock, nonempty, ro'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l allow-other -d 'let other users read the mount'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l live -d 'show what another process is writing, too, as it is now'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l log-file -xka "(__fish_complete_path (commandline -ct))" -d 'log to FILE instead of syslog'
+complete -c qcowfs -n '_shtab_qcowfs_using mount' -l cache-size -x -d 'memory for tables and decompressed clusters of all points (default 32M)'
+complete -c qcowfs -n '_shtab_qcowfs_using mount' -l no-data-plane -d 'answer reads in Python: slower, and no holes'
 complete -c qcowfs -n '_shtab_qcowfs_using mount; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
 complete -c qcowfs -n '_shtab_qcowfs_using mount; and test $_shtab_qcowfs_npos -eq 1' -ka "(__fish_complete_directories)" -d 'an empty directory'
 complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a umount -d 'Unmount, and wait until the image is free.'

@@ -17,6 +17,7 @@ from qcowfs import daemon, mountoptions, mountpoint, snapshot
 from qcowfs.chain import Chain
 from qcowfs.cli import options as image_options
 from qcowfs.errors import FuseUnavailable, UsageError, printable
+from qcowfs.limits import DEFAULT_CACHE_SIZE
 from qcowfs.mount import Session, check_fuse, notify_systemd
 from qcowfs.mountoptions import MountOptions
 from qcowfs.vfs.names import SUFFIX
@@ -49,6 +50,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-other", action="store_true", help="let other users read the mount")
     parser.add_argument("--live", action="store_true", help="show what another process is writing, too, as it is now")
     parser.add_argument("--log-file", metavar="FILE", help="log to FILE instead of syslog")
+    parser.add_argument(
+        "--cache-size",
+        metavar="SIZE",
+        help=f"memory for tables and decompressed clusters of all points (default {DEFAULT_CACHE_SIZE >> 20}M)",
+    )
+    parser.add_argument("--no-data-plane", action="store_true", help="answer reads in Python: slower, and no holes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,7 +111,7 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
     directory = mountpoint.check(args.mountpoint, nonempty=options.nonempty)
     log = daemon.log_to_file(options.log_file) if options.log_file else None
     with image_options.open_chain(args) as chain:
-        tree = _tree(chain, live=options.live)
+        tree = _tree(chain, options)
         session = Session(
             tree,
             os.path.abspath(args.image),
@@ -134,16 +141,19 @@ def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
         allow_other=args.allow_other or options.allow_other,
         live=args.live or options.live,
         log_file=args.log_file or options.log_file,
+        no_data_plane=args.no_data_plane or options.no_data_plane,
+        cache_size=mountoptions.cache_size(args.cache_size) if args.cache_size else options.cache_size,
     )
 
 
-def _tree(chain: Chain, *, live: bool) -> Tree:
+def _tree(chain: Chain, options: MountOptions) -> Tree:
     """Return the tree of `chain`; the person hears now what it will not show."""
     for layer in chain.layers:
         snapshot.require_plain(layer)
     owner = (os.getuid(), os.getgid())
     points = snapshot.points(chain)
-    tree = Tree(points, ChainDisks(chain), image=os.path.abspath(chain.image), owner=owner, live=live)
+    disks = ChainDisks(chain, options.cache_size)
+    tree = Tree(points, disks, image=os.path.abspath(chain.image), owner=owner, live=options.live)
     if tree.left_out:
         names = ", ".join(name + SUFFIX for name in tree.left_out[:3])
         more = f" and {len(tree.left_out) - 3} more" if len(tree.left_out) > 3 else ""

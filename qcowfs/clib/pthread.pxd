@@ -1,6 +1,9 @@
-# pthread.h: what the cache and the codec's pools use.
+# pthread.h and signal.h: what the cache, the codec's pools and the threads of the data plane use.
 
 cdef extern from "<pthread.h>" nogil:
+    ctypedef unsigned long pthread_t
+    ctypedef struct pthread_attr_t:
+        pass
     ctypedef struct pthread_mutex_t:
         pass
     ctypedef struct pthread_cond_t:
@@ -14,5 +17,30 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_init(pthread_cond_t* condition, const void* attributes)
     int pthread_cond_destroy(pthread_cond_t* condition)
     int pthread_cond_wait(pthread_cond_t* condition, pthread_mutex_t* mutex)
+    int pthread_cond_signal(pthread_cond_t* condition)
     int pthread_cond_broadcast(pthread_cond_t* condition)
+
+    int pthread_attr_init(pthread_attr_t* attributes)
+    int pthread_attr_destroy(pthread_attr_t* attributes)
+    int pthread_attr_setstacksize(pthread_attr_t* attributes, size_t size)
+    int pthread_create(
+        pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*) noexcept nogil, void* argument)
+    int pthread_join(pthread_t thread, void** result)
+    # ...
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    enum:
+        SIG_SETMASK
+
+    int SIGRTMAX
+    ctypedef struct sigaction_t "struct sigaction":
+        void (*sa_handler)(int) noexcept nogil
+        # ...
+    int sigaction(int number, const sigaction_t* action, sigaction_t* old)
+    int sigfillset(sigset_t* set)
+    int sigdelset(sigset_t* set, int number)
+    int pthread_sigmask(int how, const sigset_t* set, sigset_t* old)
+    int pthread_kill(pthread_t thread, int number)
     # ...

@@ -1,12 +1,13 @@
 """What the log hears of reads that failed: each fault once, and not too many in a row.
 
-Used by vfs/node.py, in one thread. A damaged image under a loop mount can fail a million reads a minute, and every
+Used by vfs/node.py; any thread. A damaged image under a loop mount can fail a million reads a minute, and every
 one of them answers EIO to its reader anyway.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ class FaultLog:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._lock = threading.Lock()  # guards all of the following
         self._known: set[str] = set()  # the lines that were logged, or would have been
         self._allowance = float(BURST)  # lines that may be logged now
         self._refilled = clock()  # when the allowance was last counted
@@ -34,15 +36,16 @@ class FaultLog:
     def report(self, name: str, fault: QcowfsError) -> None:
         """Log `fault` of the file `name`, unless it is known or the log has had enough for now."""
         line = f"{name}: {fault}"
-        if line in self._known:
-            return
-        if len(self._known) < MAX_REMEMBERED:
-            self._known.add(line)
-        if not self._allowed():
-            self._dropped += 1
-            return
-        logger.error("%s%s", line, f" (and {self._dropped} more faults before it)" if self._dropped else "")
-        self._dropped = 0
+        with self._lock:
+            if line in self._known:
+                return
+            if len(self._known) < MAX_REMEMBERED:
+                self._known.add(line)
+            if not self._allowed():
+                self._dropped += 1
+                return
+            dropped, self._dropped = self._dropped, 0
+        logger.error("%s%s", line, f" (and {dropped} more faults before it)" if dropped else "")
 
     def _allowed(self) -> bool:
         now = self._clock()

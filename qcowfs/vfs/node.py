@@ -1,8 +1,9 @@
 """Nodes of the mount: directories, symbolic links, and the raw disks of points.
 
 Used by vfs/tree.py, which makes them, and by fuse.py, which asks them. One thread (the mount's), but for
-`DiskFile.count`, which walks tables and may run in any one thread at a time. Nodes live as long as the mount, so
-FUSE's lookup counts are of no interest here.
+`DiskFile.count`, which walks tables and may run in any one thread at a time, and `RawFile`'s `read`, `end` and
+`report`, which are for the threads of the data plane too. Nodes live as long as the mount, so FUSE's lookup counts are
+of no interest here.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Node:
 class Directory(Node):
     """A directory; the tree fills `entries`, and nothing changes them afterwards."""
 
-    __slots__ = ("entries", "parent")
+    __slots__ = ("_listing", "entries", "parent")
 
     mode = stat.S_IFDIR | 0o555
 
@@ -113,6 +114,14 @@ class Directory(Node):
         super().__init__(place)
         self.parent = parent or self  # the root is its own parent
         self.entries: dict[bytes, Node] = {}
+        self._listing: tuple[tuple[bytes, Node], ...] | None = None
+
+    @property
+    def listing(self) -> tuple[tuple[bytes, Node], ...]:
+        """Names and nodes in the order in which they are listed; made once, because `ls` asks for it piece by piece."""
+        if self._listing is None:
+            self._listing = tuple(self.entries.items())
+        return self._listing
 
     def attributes(self) -> Attributes:
         subdirectories = sum(isinstance(node, Directory) for node in self.entries.values())
@@ -161,8 +170,8 @@ class RawFile(Node):
         """Handles that are open."""
         return self._opened
 
-    def open(self) -> None:
-        """Take one more handle; the first makes the disk.
+    def open(self) -> Disk:
+        """Take one more handle, and return the disk; the first handle makes it.
 
         Raises:
             QcowfsError: this point cannot be read. It is logged.
@@ -170,6 +179,7 @@ class RawFile(Node):
         if self._disk is None:
             self._disk = self._made()
         self._opened += 1
+        return self._disk
 
     def release(self) -> None:
         """Give one handle back; the last one lets go of the disk and its tables."""
@@ -184,24 +194,41 @@ class RawFile(Node):
             QcowfsError: they cannot be read right. It is logged.
             OSError: EBADF, nobody has the file open.
         """
+        try:
+            return self._open_disk().pread(offset, length)
+        except QcowfsError as fault:
+            self.report(fault)
+            raise
+
+    def end(self) -> int:
+        """Return where the disk ends now, in bytes.
+
+        Raises:
+            QcowfsError: nobody can tell right now. It is logged.
+            OSError: EBADF, nobody has the file open.
+        """
+        try:
+            return self._open_disk().virtual_size
+        except QcowfsError as fault:
+            self.report(fault)
+            raise
+
+    def report(self, fault: QcowfsError) -> None:
+        """Log that something of this file cannot be read."""
+        self._faults.report(os.fsdecode(self.place.name), fault)
+
+    def _open_disk(self) -> Disk:
         disk = self._disk
         if disk is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        try:
-            return disk.pread(offset, length)
-        except QcowfsError as fault:
-            self._report(fault)
-            raise
+        return disk
 
     def _made(self) -> Disk:
         try:
             return self._make_disk()
         except QcowfsError as fault:
-            self._report(fault)
+            self.report(fault)
             raise
-
-    def _report(self, fault: QcowfsError) -> None:
-        self._faults.report(os.fsdecode(self.place.name), fault)
 
 
 class DiskFile(RawFile):
@@ -271,12 +298,13 @@ class LiveFile(RawFile):
     def attributes(self) -> Attributes:
         """Return what stat(2) shows, from the header and the file as they are now.
 
-        st_blocks are the file's own: a count of tables would be out of date before it ended.
+        st_blocks are the file's own: a count of tables would be out of date before it ended. A block device has
+        none, and tar -S takes a file without blocks for one hole.
 
         Raises:
             QcowfsError: the header cannot be read right now. It is logged.
         """
         status = self._look()
         return self._attributes(
-            size=self._made().virtual_size, blocks=status.st_blocks, date_ns=status.st_mtime_ns, lasting=False
+            size=self._made().virtual_size, blocks=max(status.st_blocks, 1), date_ns=status.st_mtime_ns, lasting=False
         )

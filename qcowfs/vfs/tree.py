@@ -31,23 +31,27 @@ __all__ = ["ChainDisks", "Disks", "Tree", "latest"]
 class Disks(Protocol):
     """What a tree asks of the rooms below: the disks of points. The tests have their own."""
 
-    def frozen(self, point: Point) -> Disk: ...
+    def frozen(self, point: Point, identity: int) -> Disk: ...
     def live(self, point: Point) -> Disk: ...
     def allocated(self, point: Point) -> int: ...
     def file_status(self, point: Point) -> os.stat_result: ...
 
 
 class ChainDisks:
-    """The disks of a chain, with one cache for all of them, so that memory stays bounded however many are open."""
+    """The disks of a chain, with one cache for all of them, so that memory stays bounded however many are open.
 
-    def __init__(self, chain: Chain) -> None:
+    Args:
+        cache_size: bytes of that cache.
+    """
+
+    def __init__(self, chain: Chain, cache_size: int = limits.DEFAULT_CACHE_SIZE) -> None:
         self._chain = chain
-        self._cache = Cache(limits.DEFAULT_CACHE_SIZE)
+        self._cache = Cache(cache_size)
         self._sizes = Sizes(chain)
 
-    def frozen(self, point: Point) -> Disk:
-        """Return the disk of a point that cannot change."""
-        return open_disk(self._chain, point, self._cache)
+    def frozen(self, point: Point, identity: int) -> Disk:
+        """Return the disk of a point that cannot change; `identity` is a number of its own."""
+        return open_disk(self._chain, point, self._cache, identity)
 
     def live(self, point: Point) -> Disk:
         """Return the disk of a point that another process may be writing."""
@@ -137,7 +141,7 @@ class Tree:
             make_disk = partial(disks.live, point)
             return LiveFile(place, make_disk, self._faults, virtual_size=point.virtual_size, look=look)
         count = partial(disks.allocated, point)
-        make_disk = partial(disks.frozen, point)
+        make_disk = partial(disks.frozen, point, len(self._nodes))
         return DiskFile(place, make_disk, self._faults, virtual_size=point.virtual_size, count_allocated=count)
 
     def _place(self, name: bytes, date_ns: int, attributes: dict[bytes, bytes] | None = None) -> Place:

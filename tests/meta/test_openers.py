@@ -38,6 +38,7 @@ KNOWN = {
     ("gate.py", "_open_without_links"): "what an image names, once it was judged",
     ("gate.py", "_reopen"): "what a descriptor stands for",
     ("mount.py", "_others_allowed"): "FUSE's configuration",
+    ("mount.py", "_read_ahead"): "the kernel's setting of a mount",
     ("mountpoint.py", "_loop_devices"): "the kernel's facts about loop devices",
     ("mountpoint.py", "_mapped_paths"): "the kernel's facts about a process",
     ("mountpoint.py", "_process_name"): "the kernel's facts about a process",

@@ -130,10 +130,11 @@ class HandlersView:
     """The handlers of fuse.py on a tree, without a kernel: the same calls with inode numbers."""
 
     def __init__(self, tree: Tree, occupied: int) -> None:
+        from qcowfs._handles import Handles
         from qcowfs.fuse import Operations
 
         self._tree = tree
-        self._handlers = Operations(tree, occupied)
+        self._handlers = Operations(tree, occupied, Handles())
 
     def _answer(self, handler: Callable[..., Coroutine[Any, Any, Result]], *arguments: object) -> Result:
         import pyfuse3

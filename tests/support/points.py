@@ -85,7 +85,7 @@ class FakeDisks:
     made: int = 0
     counted: int = 0
 
-    def frozen(self, point: Point) -> FakeDisk:
+    def frozen(self, point: Point, identity: int) -> FakeDisk:
         self.made += 1
         name = point.snapshot_name or b""
         if name in self.unreadable:

@@ -1,0 +1,146 @@
+# cython: language_level=3, cdivision=True
+"""The table of open files: what FUSE's `fh` stands for.
+
+Used by `_ahead` and `_dataplane`. `attach` and `detach` are for the thread that answers OPEN and RELEASE; taking and
+putting back is for any thread, without the GIL. A file that is detached while somebody reads it lives until that read
+has ended. One mutex, never held while anything else is waited for.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memset
+from cpython.ref cimport Py_DECREF, Py_INCREF
+
+from qcowfs._core cimport Disk
+from qcowfs.clib.pthread cimport (
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+)
+
+cdef enum:
+    FIRST_ROOM = 64
+
+cdef uint64_t NOWHERE = <uint64_t>-1  # no read begins there
+
+
+cdef class Handles:
+    """Open files by number. Empty at first."""
+
+    def __cinit__(self):
+        pthread_mutex_init(&self.c.lock, NULL)
+
+    def __dealloc__(self):
+        # Whoever uses a handle keeps this object, too.
+        cdef uint64_t number
+        for number in range(self.c.room):
+            if self.c.slots[number] != NULL:
+                free_handle(self.c.slots[number])
+        free(self.c.slots)
+        pthread_mutex_destroy(&self.c.lock)
+
+    def __len__(self):
+        return <Py_ssize_t>self.c.count
+
+    def attach(self, Disk disk, file not None):
+        """Return a number for one more open file.
+
+        Args:
+            disk: None if only Python can read it, through `file`.
+            file: has `read(offset, length)` and `end()`, and hears of faults through `report(error)`; from any thread.
+        """
+        cdef handle_t* handle = <handle_t*>calloc(1, sizeof(handle_t))
+        cdef bint added
+        if handle == NULL:
+            raise MemoryError()
+        handle.references = 1
+        handle.next = NOWHERE
+        if disk is not None:
+            handle.disk = &disk.c
+        Py_INCREF(disk)
+        handle.keeper = <void*>disk
+        Py_INCREF(file)
+        handle.file = <void*>file
+        with nogil:
+            added = add(&self.c, handle)
+        if not added:
+            free_handle(handle)
+            raise MemoryError()
+        return handle.number
+
+    def detach(self, uint64_t number):
+        """Forget the file of this number; who reads it now reads on."""
+        cdef handle_t* handle
+        with nogil:
+            handle = remove(&self.c, number)
+            if handle != NULL:
+                handles_put(&self.c, handle)
+
+
+cdef void free_handle(handle_t* handle) noexcept:
+    Py_DECREF(<object>handle.keeper)
+    Py_DECREF(<object>handle.file)
+    free(handle)
+
+
+cdef bint add(handles_t* handles, handle_t* handle) noexcept nogil:
+    cdef uint64_t number = 0
+    cdef bint added
+    pthread_mutex_lock(&handles.lock)
+    added = handles.count * 2 < handles.room or grow(handles)
+    if added:
+        number = handles.count  # half of the slots are free, so one is near
+        while handles.slots[number % handles.room] != NULL:
+            number += 1
+        handle.number = number % handles.room
+        handles.slots[handle.number] = handle
+        handles.count += 1
+    pthread_mutex_unlock(&handles.lock)
+    return added
+
+
+cdef bint grow(handles_t* handles) noexcept nogil:
+    cdef uint64_t room = max(<uint64_t>FIRST_ROOM, handles.room * 2)
+    cdef handle_t** slots = <handle_t**>realloc(handles.slots, room * sizeof(handle_t*))
+    if slots == NULL:
+        return False
+    memset(&slots[handles.room], 0, (room - handles.room) * sizeof(handle_t*))
+    handles.slots = slots
+    handles.room = room
+    return True
+
+
+cdef handle_t* remove(handles_t* handles, uint64_t number) noexcept nogil:
+    cdef handle_t* handle = NULL
+    pthread_mutex_lock(&handles.lock)
+    if number < handles.room and handles.slots[number] != NULL:
+        handle = handles.slots[number]
+        handles.slots[number] = NULL
+        handles.count -= 1
+    pthread_mutex_unlock(&handles.lock)
+    return handle
+
+
+cdef handle_t* handles_take(handles_t* handles, uint64_t number) noexcept nogil:
+    cdef handle_t* handle = NULL
+    pthread_mutex_lock(&handles.lock)
+    if number < handles.room and handles.slots[number] != NULL:
+        handle = handles.slots[number]
+        handle.references += 1
+    pthread_mutex_unlock(&handles.lock)
+    return handle
+
+
+cdef void handles_keep(handles_t* handles, handle_t* handle) noexcept nogil:
+    pthread_mutex_lock(&handles.lock)
+    handle.references += 1
+    pthread_mutex_unlock(&handles.lock)
+
+
+cdef void handles_put(handles_t* handles, handle_t* handle) noexcept nogil:
+    cdef uint32_t references
+    pthread_mutex_lock(&handles.lock)
+    handle.references -= 1
+    references = handle.references
+    pthread_mutex_unlock(&handles.lock)
+    if references == 0:
+        with gil:
+            free_handle(handle)
