@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -185,10 +186,10 @@ def wait_until(daemon: subprocess.Popen[bytes], ready: Callable[[], bool]) -> No
 
 def peak_memory(directory: Path) -> int:
     """Return the peak of resident bytes of all processes whose command line names `directory`, together."""
-    found = 0
+    found, named = 0, re.compile(re.escape(os.fsencode(directory)) + rb"(?![\w-])")  # no longer name that starts so
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if int(process.name) != os.getpid() and os.fsencode(directory) in (process / "cmdline").read_bytes():
+            if int(process.name) != os.getpid() and named.search((process / "cmdline").read_bytes()):
                 found += high_water((process / "status").read_text())
     return found
 

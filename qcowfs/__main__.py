@@ -1,7 +1,5 @@
 """`python -m qcowfs` is `qcowfs`."""
 
-import sys
+from qcowfs.cli import command
 
-from qcowfs.cli import main
-
-sys.exit(main())
+command()

@@ -30,9 +30,10 @@ from qcowfs.clib.fuse_device cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, MSG_NOSIGNAL, SHUT_RDWR, eventfd, eventfd_write, iovec, recv, send, shutdown, writev,
 )
 from qcowfs.clib.fuse_kernel cimport (
-    FUSE_INIT, FUSE_INTERRUPT, FUSE_LSEEK, FUSE_MAX_PAGES, FUSE_READ, FUSE_READDIR, FUSE_READDIRPLUS, fuse_in_header,
-    fuse_init_out, fuse_lseek_in, fuse_lseek_out, fuse_out_header, fuse_read_in,
+    FUSE_AUTO_INVAL_DATA, FUSE_INIT, FUSE_INTERRUPT, FUSE_LSEEK, FUSE_MAX_PAGES, FUSE_READ, FUSE_READDIR,
+    FUSE_READDIRPLUS, fuse_in_header, fuse_init_out, fuse_lseek_in, fuse_lseek_out, fuse_out_header, fuse_read_in,
 )
+from qcowfs.clib.malloc cimport use_one_arena
 from qcowfs.clib.pthread cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
@@ -83,6 +84,9 @@ cdef class DataPlane:
         Raises:
             OSError: no descriptors or threads are to be had; pyfuse3 has the device as before.
         """
+        # What one thread puts into the cache another one throws out, so an arena for each thread is mostly holes:
+        # 4 KiB random reads of zlib with a cache of 32 MiB took 111 MiB; with one arena it is 65 MiB, and no slower.
+        use_one_arena()
         try:
             self.take_device()
             self.start_threads()
@@ -374,7 +378,8 @@ cdef void relay(void* argument) noexcept nogil:
 
 
 cdef void amend_init(fuse_init_out* answer) noexcept nogil:
-    """Say of this mount what libfuse cannot know: reads are large and many, writes are none."""
+    """Say of this mount what libfuse cannot know: reads are large and many, writes are none, and files do not change."""
+    answer.flags &= ~<uint32_t>FUSE_AUTO_INVAL_DATA  # with it the kernel asks for attributes before it reads
     answer.max_write = LARGEST_WRITE
     answer.max_background = BACKGROUND
     answer.congestion_threshold = BACKGROUND * 3 // 4

@@ -95,8 +95,8 @@ cdef void parse_compressed(const layer_t* layer, uint64_t entry, mapping_t* mapp
 
 
 cdef enum:
-    SLICE_SIZE = 4096  # limits.TABLE_SLICE_SIZE
-    SLICE_ENTRIES = 512
+    SLICE_SIZE = 1024  # limits.TABLE_SLICE_SIZE
+    SLICE_ENTRIES = 128
 
 
 cdef enum:

@@ -2,7 +2,7 @@
 """L1 and L2 tables, subclusters, compressed descriptors: one layer's answer for a guest offset.
 
 Used by `_core` (reads, extents) and `_usage` (sizes). Without the GIL; any number of threads. Tables are read on demand
-in slices of 4 KiB through the cache, so that neither opening a point nor a random read depends on the table's size.
+in slices of 1 KiB through the cache, so that neither opening a point nor a random read depends on the table's size.
 The rules are those of the qcow2 specification, section "Cluster mapping", in the order in which QEMU applies them.
 """
 

@@ -19,6 +19,8 @@ from qcowfs.clib.endian cimport be64toh
 cdef uint64_t OFFSET_MASK = <uint64_t>0x00FFFFFFFFFFFE00
 
 cdef enum:
+    PIECE = 4096  # bytes of an L1 table that are read at once
+    ENTRY_COST = 64  # bytes that an L1 entry takes from the budget: looking at one in Python takes as long
     MOST_SHARED_CLUSTERS = 8 << 20  # host clusters with compressed data that one point may hold to be counted: 64 MiB
 
 
@@ -73,9 +75,12 @@ cdef class Allocation:
             return min(layer.c.virtual_size, <uint64_t>layer.source.size)
         self.budget.left -= <int64_t>entries * 8
         for offset in l2_tables(layer, entries):
+            self.budget.left -= ENTRY_COST
+            if self.budget.left <= 0:  # nothing is remembered of what was not looked at
+                return min(layer.c.virtual_size, <uint64_t>layer.source.size)
             known = self.counts.get(offset)
             if known is None:
-                known = self.counts[offset] = self.count_table(layer, offset) if self.budget.left > 0 else reach
+                known = self.counts[offset] = self.count_table(layer, offset)
             total += known
         return min(total, layer.c.virtual_size)
 
@@ -142,9 +147,12 @@ cdef class Exclusive:
             clusters += refcount_of(&refcounts, cluster) == 1
         self.budget.left -= <int64_t>layer.c.l1_entries * 8
         for offset in l2_tables(layer, layer.c.l1_entries):
+            self.budget.left -= ENTRY_COST
+            if self.budget.left <= 0:
+                return None
             if refcount_of(&refcounts, offset >> layer.c.cluster_bits) != 1:
                 continue
-            found = self.count_table(layer, offset, &refcounts) if self.budget.left > 0 else -1
+            found = self.count_table(layer, offset, &refcounts)
             if found < 0:
                 return None
             clusters += 1 + <uint64_t>found
@@ -166,9 +174,9 @@ def l2_tables(LayerMap layer not None, uint64_t entries):
     """Yield the host offsets of the L2 tables that the first `entries` of the L1 table name, in order."""
     cdef uint64_t index, place
     cdef uint64_t offset
-    for index in range(0, entries, SLICE_SIZE // 8):
+    for index in range(0, entries, PIECE // 8):
         place = layer.c.l1_offset + index * 8
-        words = layer.source.read_at(place, min(<uint64_t>SLICE_SIZE, (entries - index) * 8))
+        words = layer.source.read_at(place, min(<uint64_t>PIECE, (entries - index) * 8))
         if not any(words):
             continue
         for offset in memory_words(words):
@@ -176,7 +184,7 @@ def l2_tables(LayerMap layer not None, uint64_t entries):
                 offset &= OFFSET_MASK
             if offset:
                 yield offset
-        if len(words) < SLICE_SIZE:
+        if len(words) < PIECE:
             return  # the end of the table, or of a truncated file
 
 

@@ -82,7 +82,8 @@ class Operations(pyfuse3.Operations):
     @translated
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         node = self._tree.lookup(self._directory(parent_inode), name)
-        return _absent() if node is None else await self._counted(node)
+        # Opening and reading must not wait for a walk of tables; who wants st_blocks asks for attributes.
+        return _absent() if node is None else _entry(node.listed())
 
     @translated
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

@@ -41,6 +41,6 @@ MAX_QCOW1_L1_SIZE = 256 << 20  # 64 TiB as QEMU makes them; it opens eight times
 MIN_CACHE_SIZE = 1 << 20  # less than this holds not even what a few reads need at once
 MAX_CACHE_SIZE = 1 << 40  # what is more is a slip of the pen
 DEFAULT_CACHE_SIZE = 32 << 20  # L1/L2 slices and decompressed clusters of one mount, all points together
-TABLE_SLICE_SIZE = 4096  # tables are read and cached in such slices: a random read of a huge image costs no more
+TABLE_SLICE_SIZE = 1024  # tables are read and cached in such slices: of 20,000 L2 tables all fit that are in use
 MAX_COUNTED_TABLES = 64 << 20  # bytes of L2 tables that one mount walks to answer st_blocks exactly; then an estimate
 MAX_LISTED_TABLES = 1 << 30  # the same for `list` and `info`, which a person waits for

@@ -8,6 +8,7 @@ pyfuse3, so that its absence is a message and not a traceback.
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -141,6 +142,8 @@ class Session:
         self._start()
         # A crash leaves the mount dead (docs/decisions/0005-dead-mounts.md); one that never was ready leaves nothing.
         unmount = False
+        gc.freeze()  # what was imported stays
+        gc.enable()
         try:
             trio.run(self._main, ready)
             unmount = not self._gone

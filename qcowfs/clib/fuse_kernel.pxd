@@ -12,6 +12,7 @@ cdef extern from "<linux/fuse.h>" nogil:
         FUSE_READDIRPLUS
         FUSE_LSEEK
 
+        FUSE_AUTO_INVAL_DATA
         FUSE_MAX_PAGES
 
     struct fuse_in_header:
