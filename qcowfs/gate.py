@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from qcowfs.errors import GateRefused, SourceError, printable
 from qcowfs.policy import Policy, load_policy
 
-__all__ = ["Gate", "Policy", "load_policy", "open_user_file"]
+__all__ = ["Gate", "Policy", "load_policy"]
 
 KERNEL_DIRECTORIES = ("/proc", "/sys")
 # Their "regular files" are switches, the memory of others, and pipes whose reading never ends (/proc/kmsg), wherever
@@ -132,15 +132,6 @@ class Gate:
         if stat.S_ISBLK(status.st_mode) and not self._policy.covers(name.resolved):
             # By the name as written: /dev/group/volume stays, the /dev/dm-3 that it leads to does not.
             raise name.refused("a block device needs to be allowed", allowed_by=name.path)
-
-
-def open_user_file(path: str) -> int:
-    """Open what a person named; returns a descriptor.
-
-    Raises:
-        SourceError: it is missing, unreadable, or neither a regular file nor a block device.
-    """
-    return _open_by_person(path)[0]
 
 
 def _open_by_person(path: str) -> tuple[int, str]:

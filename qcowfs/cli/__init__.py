@@ -70,9 +70,7 @@ def command() -> NoReturn:
     code = main()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(
-            OSError, AttributeError, ValueError
-        ):  # closed, full, or not there: main() has told
+        with suppress(OSError, AttributeError, ValueError):  # closed, full, or not there: main() has told
             stream.flush()
     os._exit(code)
 

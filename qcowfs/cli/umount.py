@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import select
 import time
@@ -14,7 +15,7 @@ from contextlib import suppress
 
 import qcowfs.cli
 from qcowfs import mountpoint
-from qcowfs.errors import MountpointError, QcowfsError
+from qcowfs.errors import MountpointError, QcowfsError, printable
 from qcowfs.mountpoint import Mount
 
 HELP = "unmount, and wait until the image is free"
@@ -23,6 +24,8 @@ DAEMON_TIMEOUT = 30.0  # seconds that an unmounted daemon may take to end
 # The kernel frees the loop device of an unmounted file system a moment after umount(8) has returned.
 BUSY_GRACE = 1.0  # seconds
 BUSY_INTERVAL = 0.05  # seconds
+
+logger = logging.getLogger("qcowfs.mount")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +52,10 @@ def _unmount(path: str, *, lazy: bool) -> None:
     daemon = None if lazy else _daemon(mount)
     try:
         _release(path, mount, lazy=lazy)
-        if daemon is not None and not select.select([daemon], [], [], DAEMON_TIMEOUT)[0]:
+        elsewhere = next((other.path for other in mountpoint.mounts() if other.device == mount.device), None)
+        if elsewhere is not None:  # a bind mount: the daemon goes on for it
+            logger.warning("%s: unmounted, but still mounted on %s", printable(path), printable(elsewhere))
+        elif daemon is not None and not select.select([daemon], [], [], DAEMON_TIMEOUT)[0]:
             what = f"unmounted, but its daemon still holds the image after {DAEMON_TIMEOUT:.0f} seconds"
             raise MountpointError(path, what, hint="another mount namespace may still have the mount")
     finally:

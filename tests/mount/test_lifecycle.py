@@ -326,6 +326,23 @@ class TestUmount:
 
         assert (done.returncode, one_line(done)) == (14, f"qcowfs: {path}: {message}")
 
+    def test_a_bind_mount_that_is_left_is_named_and_not_waited_for(
+        self, image: Path, target: Path, tmp_path: Path
+    ) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
+        (other := tmp_path / "other").mkdir()
+        with mounted(image, target) as mount:
+            shell('mount --bind "$1" "$2"', target, other)
+            done = call("umount", target)
+            found = (other / "current.raw").read_bytes()
+            last = call("umount", other)
+            mount.wait_gone()
+
+        assert (done.returncode, last.returncode) == (0, 0)
+        assert done.stderr == f"qcowfs: warning: {target}: unmounted, but still mounted on {other}\n"
+        assert found == CONTENT
+
     def test_it_works_from_inside_with_a_dot(self, image: Path, target: Path) -> None:
         with mounted(image, target):
             done = call("umount", ".", cwd=target)

@@ -15,7 +15,7 @@ import pytest
 
 from qcowfs import gate
 from qcowfs.errors import GateRefused, SourceError
-from qcowfs.gate import Gate, Policy, open_user_file
+from qcowfs.gate import Gate, Policy
 
 
 @pytest.fixture
@@ -59,17 +59,17 @@ def named(opener: Gate, path: Path | str) -> str:
 
 class TestAPersonsWord:
     def test_is_opened_wherever_it_is(self, image: Path) -> None:
-        assert text(open_user_file(str(image))) == "images/top"
+        assert text(Gate(Policy()).open_image(str(image))) == "images/top"
 
     @pytest.mark.parametrize("name", ["images/top", "./images/../base", "link"])
     def test_may_be_relative_or_a_link(self, image: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         (image.parents[1] / "link").symlink_to("links/base")
         monkeypatch.chdir(image.parents[1])
 
-        assert text(open_user_file(name)) == {"link": "links/base"}.get(name, os.path.normpath(name))
+        assert text(Gate(Policy()).open_image(name)) == {"link": "links/base"}.get(name, os.path.normpath(name))
 
     def test_becomes_a_descriptor_that_waits_and_is_not_inherited(self, image: Path, opened: list[int]) -> None:
-        opened.append(open_user_file(str(image)))
+        opened.append(Gate(Policy()).open_image(str(image)))
 
         assert os.get_blocking(opened[0])
         assert not os.get_inheritable(opened[0])
@@ -102,7 +102,7 @@ class TestAPersonsWord:
             listener.bind("socket")
 
             with pytest.raises(SourceError) as caught:
-                open_user_file(name)
+                Gate(Policy()).open_image(name)
         assert f"{name}: cannot open: {why}" == str(caught.value)
         assert number == caught.value.errno
 
@@ -112,7 +112,7 @@ class TestAPersonsWord:
             os.seteuid(65534)
         try:
             with pytest.raises(SourceError, match="Permission denied"):
-                open_user_file(str(image))
+                Gate(Policy()).open_image(str(image))
         finally:
             if os.getuid() == 0:
                 os.seteuid(0)
@@ -303,4 +303,4 @@ class TestAFileThatCannotBeOpened:
         monkeypatch.setattr(os, "open", lying_open)
 
         with pytest.raises(SourceError, match="Stale"):
-            open_user_file(str(image))
+            Gate(Policy()).open_image(str(image))
