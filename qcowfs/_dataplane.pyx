@@ -378,7 +378,7 @@ cdef void relay(void* argument) noexcept nogil:
 
 
 cdef void amend_init(fuse_init_out* answer) noexcept nogil:
-    """Say of this mount what libfuse cannot know: reads are large and many, writes are none, and files do not change."""
+    """Say of this mount what libfuse cannot know: reads are large and many, writes are none, files do not change."""
     answer.flags &= ~<uint32_t>FUSE_AUTO_INVAL_DATA  # with it the kernel asks for attributes before it reads
     answer.max_write = LARGEST_WRITE
     answer.max_background = BACKGROUND
