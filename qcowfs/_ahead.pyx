@@ -17,7 +17,7 @@ from qcowfs.clib.pthread cimport (
 )
 
 cdef enum:
-    WINDOW = 2 << 20  # bytes ahead of a reader: two of the kernel's largest reads
+    WINDOW = 2 << 20  # bytes ahead of a reader: four of the kernel's largest reads
     WINDOW_SHARE = 8  # of the cache's budget: what is thrown out before it is read was for nothing
     STEPS = 4  # a task is at least this part of a window
 

@@ -38,8 +38,8 @@ FUSE_DEVICE_NUMBER = os.makedev(10, 229)  # Linux, Documentation/admin-guide/dev
 FUSE_CONFIGURATION = "/etc/fuse.conf"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
-READ_AHEAD_KIB = 1024  # of the mount, if root mounts: as much as one READ can carry; the kernel's default is 128
-MAX_WORKERS = 16  # of the data plane; each has a buffer of 1 MiB at most
+READ_AHEAD_KIB = 1024  # of the mount, if root mounts: two of the largest READs; the kernel's default is 128
+MAX_WORKERS = 16  # of the data plane; each has a buffer of 512 KiB at most
 MAX_HELPERS = 3  # that decompress ahead: so many cores one reader can keep busy
 GRACE = 0.5  # seconds that a mount nobody uses takes at most to go away
 
@@ -299,7 +299,7 @@ def _is_abort(error: BaseException) -> bool:
 
 
 def _read_ahead(device: str) -> None:
-    """Let the kernel read ahead as much as one READ carries; only root may, and only where /sys is writable."""
+    """Let the kernel read further ahead; only root may, and only where /sys is writable."""
     with suppress(OSError), open(f"/sys/class/bdi/{device}/read_ahead_kb", "w", encoding="ascii") as setting:
         setting.write(str(READ_AHEAD_KIB))
 
