@@ -100,16 +100,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _cannot_print(error)
         if debug:
             raise
-        print(f"qcowfs: internal error: {printable(repr(error))}", file=sys.stderr)
-        print("hint: --debug shows where; please report it", file=sys.stderr)
+        _tell(f"qcowfs: internal error: {printable(repr(error))}", "hint: --debug shows where; please report it")
         return 1
 
 
 def report(error: QcowfsError) -> None:
     """Print `error` for a person: one line, and a second one where a hint helps."""
-    print(f"qcowfs: {error}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+    _tell(f"qcowfs: {error}", *([f"hint: {error.hint}"] if error.hint else []))
+
+
+def _tell(*lines: str) -> None:
+    """Print `lines` on standard error; that it is closed or full must not change the exit code."""
+    if sys.stderr is not None:  # print() would take None for standard output
+        with suppress(OSError):
+            print(*lines, sep="\n", file=sys.stderr)
 
 
 def build_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:

@@ -262,6 +262,15 @@ def test_output_that_finds_no_room_is_one_line(image: Path, words: tuple[str, ..
     assert (done.returncode, done.stderr) == (1, "qcowfs: standard output: No space left on device\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&-"])
+def test_an_error_that_cannot_be_told_has_its_exit_code_all_the_same(tmp_path: Path, where: str) -> None:
+    done = shell(f'"$@" {where}; echo "$?"', "list", tmp_path / "missing")
+
+    assert done.stdout.splitlines()[-1:] == [str(SourceError.exit_code)]
+    assert "missing" not in done.stdout, "an error among the output"
+
+
 def test_what_the_person_typed_is_escaped_too(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scripts put names into command lines that they got from somebody else."""
     for words in (("list", image, "\x1b[31m"), ("list", "--\x1b[31m", image), ("mount", image, image, "\x1b[31m")):
