@@ -41,6 +41,7 @@ SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 READ_AHEAD_KIB = 1024  # of the mount, if root mounts: two of the largest READs; the kernel's default is 128
 MAX_WORKERS = 16  # of the data plane; each has a buffer of 512 KiB at most
 MAX_HELPERS = 3  # that decompress ahead: so many cores one reader can keep busy
+MAX_TASKS = 99  # requests that pyfuse3 has under way at once, as it has by itself; all but one wait for st_blocks
 GRACE = 0.5  # seconds that a mount nobody uses takes at most to go away
 
 logger = logging.getLogger("qcowfs.mount")
@@ -168,6 +169,14 @@ class Session:
                 pyfuse3.init(Operations(self._tree, self._occupied, handles), self._directory, self._fuse_options())
             except RuntimeError as error:
                 raise _refusal(self._directory, said()) from error
+        try:
+            self._start_helpers(handles, others)
+        except BaseException:
+            pyfuse3.close(unmount=True)  # nobody would ever answer it
+            raise
+
+    def _start_helpers(self, handles: Handles, others: set[int]) -> None:
+        """Start what stands beside a mount that is there, and has not been asked anything yet."""
         mount = mountpoint.uppermost(self._directory)
         self._device = mount.device if mount else None
         if self._options.auto_unmount and self._device is not None:
@@ -177,8 +186,6 @@ class Session:
 
     def _start_plane(self, handles: Handles, others: set[int]) -> None:
         """Put the data plane between the device and pyfuse3; `others` were FUSE devices before there was this one."""
-        import pyfuse3
-
         from qcowfs._dataplane import DataPlane
 
         (descriptor,) = _fuse_descriptors() - others
@@ -187,7 +194,6 @@ class Session:
         try:
             plane.start()
         except OSError as error:
-            pyfuse3.close(unmount=True)
             raise FuseUnavailable(f"no threads for the data plane: {error.strerror}") from error
         self._plane = plane
 
@@ -217,9 +223,10 @@ class Session:
         import pyfuse3
 
         try:
-            # One task: reads are synchronous anyway, and pyfuse3's pool of tasks starts and ends one for almost
-            # every request (4 KiB random reads, 4 jobs: 34 k IOPS with the default, 42 k with one task).
-            await pyfuse3.main(max_tasks=1)
+            # Without the data plane, one task: reads are synchronous anyway, and pyfuse3's pool of tasks starts and
+            # ends one for almost every request (4 KiB random reads, 4 jobs: 34 k IOPS with the default, 42 k with
+            # one task). With it no reads come here, and a count of st_blocks must not hold up whoever opens a file.
+            await pyfuse3.main(max_tasks=1 if self._plane is None else MAX_TASKS)
         except* OSError as errors:
             # Somebody aborted the connection through /sys/fs/fuse/connections; the data plane takes that as an end.
             if errors.split(_is_abort)[1] is not None:
