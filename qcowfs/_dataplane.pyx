@@ -126,6 +126,8 @@ cdef class DataPlane:
         self.c.device = os.dup(self.session_fd)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
+            for end in (ours, theirs):  # the default is the administrator's, and refuses what is larger
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REPLY_SIZE)
             self.c.socket = ours.detach()
             os.dup2(theirs.fileno(), self.session_fd, inheritable=False)
         return 0
@@ -173,7 +175,8 @@ cdef bint add_worker(plane_t* plane) noexcept nogil:
     if plane.running < plane.most and not atomic_load(&plane.stopping):
         worker = &plane.workers[plane.running]
         worker.plane = plane
-        worker.request = <unsigned char*>malloc(REQUEST_SIZE)
+        if worker.request == NULL:  # else it was made by the last try, which got no thread
+            worker.request = <unsigned char*>malloc(REQUEST_SIZE)
         added = worker.request != NULL and thread_start(&worker.thread, work, worker) == 0
         if added:
             atomic_add(&plane.running, 1)
@@ -216,7 +219,10 @@ cdef void answer(worker_t* worker, fuse_in_header* request, size_t length) noexc
             length >= sizeof(fuse_in_header) + sizeof(fuse_read_in)):
         listing = <fuse_read_in*>(request + 1)
         listing.size = min(listing.size, <uint32_t>LARGEST_LISTING)
-    while send(plane.socket, request, length, MSG_NOSIGNAL) < 0 and errno == EINTR:
+    while send(plane.socket, request, length, MSG_NOSIGNAL) < 0:
+        if errno != EINTR:  # no memory, say: who asked would wait for ever; where nobody did, the kernel drops it
+            reply(plane, request, EIO, NULL, 0)
+            return
         if atomic_load(&plane.stopping):
             return
 
@@ -290,7 +296,8 @@ cdef int64_t read_disk(
 cdef void warn(handle_t* handle) noexcept with gil:
     atomic_store(&handle.warned, 1)
     try:
-        (<Disk>handle.keeper).warn_past_end()
+        if not (<Disk>handle.keeper).warned:  # by another handle
+            (<Disk>handle.keeper).warn_past_end()
     except Exception:
         logger.exception("internal error")
 
