@@ -234,7 +234,7 @@ def handlers_view(image: Path) -> Iterator[HandlersView]:
 
 
 @contextmanager
-def mount_view(image: Path, target: Path) -> Iterator[MountView]:
+def mount_view(image: Path, target: Path, *options: str) -> Iterator[MountView]:
     """Mount `image` and look at it through the kernel."""
-    with mounted(image, target) as mount:
+    with mounted(image, target, *options) as mount:
         yield MountView(mount)
