@@ -75,7 +75,7 @@ cdef class DataPlane:
     @property
     def workers(self):
         """Threads that answer requests, at this moment."""
-        return self.c.running
+        return atomic_load(&self.c.running)
 
     def start(self):
         """Take the device from pyfuse3 and begin to answer.
@@ -139,8 +139,9 @@ cdef class DataPlane:
             raise OSError(status, os.strerror(status))
         self.started = True
         Py_INCREF(self)  # for the threads
-        while self.c.running < FIRST_WORKERS:
-            if not add_worker(&self.c):
+        while atomic_load(&self.c.running) < FIRST_WORKERS:
+            # The first worker may have a request already, and be quicker to add the others.
+            if not add_worker(&self.c) and atomic_load(&self.c.running) < FIRST_WORKERS:
                 raise OSError(EAGAIN, os.strerror(EAGAIN))
         return 0
 
@@ -150,7 +151,7 @@ cdef void stop_threads(plane_t* plane) noexcept nogil:
     pthread_mutex_lock(&plane.lock)
     atomic_store(&plane.stopping, 1)  # from now on no worker is added
     pthread_mutex_unlock(&plane.lock)
-    for number in range(plane.running):
+    for number in range(atomic_load(&plane.running)):
         thread_stop(&plane.workers[number].thread)
     shutdown(plane.socket, SHUT_RDWR)
     thread_stop(&plane.relay)
@@ -163,10 +164,11 @@ cdef bint add_worker(plane_t* plane) noexcept nogil:
     cdef worker_t* worker
     cdef bint added = False
     pthread_mutex_lock(&plane.lock)
-    if plane.running < plane.most and not atomic_load(&plane.stopping):
-        worker = &plane.workers[plane.running]
+    if atomic_load(&plane.running) < plane.most and not atomic_load(&plane.stopping):
+        worker = &plane.workers[atomic_load(&plane.running)]
         worker.plane = plane
-        worker.request = <unsigned char*>malloc(REQUEST_SIZE)
+        if worker.request == NULL:  # else there was no thread to be had the last time
+            worker.request = <unsigned char*>malloc(REQUEST_SIZE)
         added = worker.request != NULL and thread_start(&worker.thread, work, worker) == 0
         if added:
             atomic_add(&plane.running, 1)
