@@ -1,4 +1,4 @@
-"""What a mount shows: the same suite on the handlers without FUSE, and on real mounts with and without the data plane."""
+"""What a mount shows: the same suite on the handlers without FUSE, and on real mounts with and without the plane."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 from tests.mount.images import Expected, Story
 from tests.mount.views import View, handlers_view, mount_view
 from tests.support.mounts import force_unmount, need_fuse
-
 
 MOUNTS = {"mount": (), "mount without the data plane": ("--no-data-plane",)}  # with these options
 

@@ -136,8 +136,10 @@ def test_a_size_of_the_cache_is_what_qemu_img_would_take(text: str, expected: in
 
 @pytest.mark.parametrize(
     "text",
-    [*("0", "1048575", "1023K", "1025G", "999999999999G", "9999999999999", "-1M", "+1M", "1.5M", "0x100000")]
-    + [*("", " 1M", "1 M", "1M ", "1Mi", "1MB", "1T", "M", "\u0664M", "1e9", "inf")],
+    [
+        *("0", "1048575", "1023K", "1025G", "999999999999G", "9999999999999", "-1M", "+1M", "1.5M", "0x100000"),
+        *("", " 1M", "1 M", "1M ", "1Mi", "1MB", "1T", "M", "\u0664M", "1e9", "inf"),
+    ],
 )
 def test_a_size_that_no_cache_can_have_is_an_error_with_a_hint(text: str) -> None:
     with pytest.raises(UsageError) as failure:
