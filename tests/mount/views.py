@@ -58,6 +58,9 @@ class MountView:
     def __init__(self, mount: Mounted) -> None:
         self._root = mount.path
 
+    def path(self, name: str) -> Path:
+        return self._root / name
+
     def names(self) -> set[str]:
         return set(os.listdir(self._root))
 

@@ -14,6 +14,7 @@ import mmap
 import os
 import random
 import select
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--like")
     parser.add_argument("--reopen", action="store_true", help="open the file anew for each read")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
     faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     expected = open(args.like, "rb").read() if args.like else None  # noqa: SIM115
     try:
