@@ -76,6 +76,10 @@ annotate: setup .venv/complete  ## build/annotate/*.html: which lines of Cython 
 coverage: build vm  ## which lines the tests reach, in Python and in Cython (build/coverage/html)
 	@$(AS_ROOT) tools/coverage $(TESTS)
 
+.PHONY: sanitize
+sanitize: build  ## the data plane's tests under ThreadSanitizer, in some minutes
+	@$(AS_ROOT) tools/sanitize $(TESTS)
+
 .PHONY: bench
 bench: build  ## figures against other programs that show an image, as Markdown; BENCH='--help' says what can be chosen
 	@WITH_RIVALS=1 tools/setup

@@ -338,10 +338,10 @@ cdef int disk_seek(const disk_t* disk, uint64_t offset, bint data, uint64_t* fou
             return 0
         offset += length
         step += 1
-        if step % SEEK_STEPS == 0 and monotonic_ms() > deadline:
+        if step % SEEK_STEPS == 0 and offset < disk.virtual_size and monotonic_ms() > deadline:
             # A hole that is called data is only slow; so the search may end anywhere, and a hostile image cannot make
             # it last.
-            found[0] = min(offset, disk.virtual_size) if data else disk.virtual_size
+            found[0] = offset if data else disk.virtual_size
             return 0
     found[0] = disk.virtual_size
     return ENXIO if data else 0

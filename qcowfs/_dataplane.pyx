@@ -40,9 +40,8 @@ from qcowfs.clib.pthread cimport (
 from qcowfs.clib.unistd cimport SEEK_DATA, SEEK_HOLE
 
 cdef enum:
-    # Bytes of one READ, told to the kernel as max_pages. With 1 MiB one worker answers what two can share, and the
-    # kernel waits longer for the first page: sequential reads 4.0 GiB/s, with 512 KiB 5.4, with 128 KiB 6.2; but then
-    # compressed reads are cut so small that their workers wait for each other (zlib 1,000, 1,000 and 800 MiB/s).
+    # Bytes of one READ. With 1 MiB one worker answers what two can share (sequential 4.0 GiB/s, with 512 KiB 5.4); with
+    # 128 KiB compressed reads are cut so small that their workers wait for each other (zlib 1,000 to 800 MiB/s).
     LARGEST_READ = 512 << 10
     LARGEST_WRITE = 4096  # nothing is written here: only the kernel's least, so that requests stay small
     REQUEST_SIZE = 72 << 10  # bytes; the largest request is a SETXATTR of 64 KiB, which is refused
@@ -79,7 +78,7 @@ cdef class DataPlane:
     @property
     def workers(self):
         """Threads that answer requests, at this moment."""
-        return self.c.running
+        return atomic_load(&self.c.running)
 
     def start(self):
         """Take the device from pyfuse3 and begin to answer.
@@ -148,8 +147,9 @@ cdef class DataPlane:
             raise OSError(status, os.strerror(status))
         self.started = True
         Py_INCREF(self)  # for the threads
-        while self.c.running < FIRST_WORKERS:
-            if not add_worker(&self.c):
+        while atomic_load(&self.c.running) < FIRST_WORKERS:
+            # The first worker may have a request already, and be quicker to add the others.
+            if not add_worker(&self.c) and atomic_load(&self.c.running) < FIRST_WORKERS:
                 raise OSError(EAGAIN, os.strerror(EAGAIN))
         return 0
 
@@ -159,7 +159,7 @@ cdef void stop_threads(plane_t* plane) noexcept nogil:
     pthread_mutex_lock(&plane.lock)
     atomic_store(&plane.stopping, 1)  # from now on no worker is added
     pthread_mutex_unlock(&plane.lock)
-    for number in range(plane.running):
+    for number in range(atomic_load(&plane.running)):
         thread_stop(&plane.workers[number].thread)
     shutdown(plane.socket, SHUT_RDWR)
     thread_stop(&plane.relay)
@@ -172,8 +172,8 @@ cdef bint add_worker(plane_t* plane) noexcept nogil:
     cdef worker_t* worker
     cdef bint added = False
     pthread_mutex_lock(&plane.lock)
-    if plane.running < plane.most and not atomic_load(&plane.stopping):
-        worker = &plane.workers[plane.running]
+    if atomic_load(&plane.running) < plane.most and not atomic_load(&plane.stopping):
+        worker = &plane.workers[atomic_load(&plane.running)]
         worker.plane = plane
         if worker.request == NULL:  # else it was made by the last try, which got no thread
             worker.request = <unsigned char*>malloc(REQUEST_SIZE)

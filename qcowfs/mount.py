@@ -193,8 +193,8 @@ class Session:
         plane = DataPlane(descriptor, handles, workers=min(2 * cores, MAX_WORKERS), helpers=min(cores - 1, MAX_HELPERS))
         try:
             plane.start()
-        except OSError as error:
-            raise FuseUnavailable(f"no threads for the data plane: {error.strerror}") from error
+        except (OSError, MemoryError) as error:
+            raise FuseUnavailable(f"no threads for the data plane: {_reason(error)}") from error
         self._plane = plane
 
     def _fuse_options(self) -> set[str]:
@@ -299,6 +299,10 @@ def _fuse_descriptors() -> set[int]:
             if stat.S_ISCHR(status.st_mode) and status.st_rdev == FUSE_DEVICE_NUMBER:
                 found.add(int(name))
     return found
+
+
+def _reason(error: OSError | MemoryError) -> str:
+    return os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else os.strerror(errno.ENOMEM)
 
 
 def _is_abort(error: BaseException) -> bool:

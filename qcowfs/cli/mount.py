@@ -142,7 +142,7 @@ def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
         live=args.live or options.live,
         log_file=args.log_file or options.log_file,
         no_data_plane=args.no_data_plane or options.no_data_plane,
-        cache_size=mountoptions.cache_size(args.cache_size) if args.cache_size else options.cache_size,
+        cache_size=options.cache_size if args.cache_size is None else mountoptions.cache_size(args.cache_size),
     )
 
 

@@ -19,9 +19,9 @@ from tests.support import need
 from tests.support.mounts import Mounted, Person, call, mounted, one_line, qemu, shell, wait_until
 
 
-@pytest.fixture
-def mount(story: Story, target: Path) -> Iterator[Mounted]:
-    with mounted(story.image, target) as found:
+@pytest.fixture(params=["data plane", "no data plane"])
+def mount(request: pytest.FixtureRequest, story: Story, target: Path) -> Iterator[Mounted]:
+    with mounted(story.image, target, *(["--no-data-plane"] if request.param == "no data plane" else [])) as found:
         yield found
 
 

@@ -1,4 +1,4 @@
-"""What a mount shows: the same suite on the handlers without FUSE, and on a real mount."""
+"""What a mount shows: the same suite on the handlers without FUSE, and on real mounts with and without the plane."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from tests.mount.images import Expected, Story
 from tests.mount.views import View, handlers_view, mount_view
 from tests.support.mounts import force_unmount, need_fuse
 
+MOUNTS = {"mount": (), "mount without the data plane": ("--no-data-plane",)}  # with these options
 
-@pytest.fixture(scope="module", params=["handlers", "mount"])
+
+@pytest.fixture(scope="module", params=["handlers", *MOUNTS])
 def view(request: pytest.FixtureRequest, story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[View]:
     if request.param == "handlers":
         pytest.importorskip("pyfuse3")
@@ -28,7 +30,7 @@ def view(request: pytest.FixtureRequest, story: Story, tmp_path_factory: pytest.
     target.mkdir()
     with ExitStack() as stack:
         stack.callback(force_unmount, target)
-        yield stack.enter_context(mount_view(story.image, target))
+        yield stack.enter_context(mount_view(story.image, target, *MOUNTS[request.param]))
 
 
 NAMES = [

@@ -58,6 +58,9 @@ class MountView:
     def __init__(self, mount: Mounted) -> None:
         self._root = mount.path
 
+    def path(self, name: str) -> Path:
+        return self._root / name
+
     def names(self) -> set[str]:
         return set(os.listdir(self._root))
 
@@ -234,7 +237,7 @@ def handlers_view(image: Path) -> Iterator[HandlersView]:
 
 
 @contextmanager
-def mount_view(image: Path, target: Path) -> Iterator[MountView]:
+def mount_view(image: Path, target: Path, *options: str) -> Iterator[MountView]:
     """Mount `image` and look at it through the kernel."""
-    with mounted(image, target) as mount:
+    with mounted(image, target, *options) as mount:
         yield MountView(mount)

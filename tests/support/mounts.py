@@ -28,6 +28,7 @@ from tests.support import lacking, need
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _copies: list[str] = []  # directories, of this process
+RUNNER = shlex.split(os.environ.get("QCOWFS_TEST_RUNNER", ""))  # goes before each `qcowfs`: a debugger, a sanitizer
 PATIENCE = 20.0  # seconds; far more than anything here takes on a busy machine
 
 # What a console script does, plus the stacks on SIGUSR1. `qcowfs` may or may not be installed.
@@ -74,7 +75,7 @@ class Person:
 def launcher(person: Person | None = None) -> list[str]:
     """Return the command that is `qcowfs` of this checkout, for `person`."""
     person = person or me()
-    return [interpreter(person), "-c", _code(person, "qcowfs.cli", "main")]
+    return [*RUNNER, interpreter(person), "-c", _code(person, "qcowfs.cli", "main")]
 
 
 def script(path: Path, module: str = "qcowfs.cli", function: str = "main", *, person: Person | None = None) -> Path:
@@ -140,7 +141,7 @@ def remove_copies() -> None:
 def _can_import(program: str, person: Person, found_in: tuple[str, str]) -> bool:
     code = f"import sys; sys.path += {list(found_in)!r}; import pyfuse3, qcowfs._core"
     with suppress(OSError):
-        tried = subprocess.run([program, "-c", code], capture_output=True, cwd="/", **person.popen_arguments())  # type: ignore[call-overload]
+        tried = subprocess.run([*RUNNER, program, "-c", code], capture_output=True, cwd="/", **person.popen_arguments())  # type: ignore[call-overload]
         return bool(tried.returncode == 0)
     return False
 

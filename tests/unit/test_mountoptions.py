@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qcowfs.errors import UsageError
-from qcowfs.mountoptions import KNOWN, MountOptions, parse
+from qcowfs.mountoptions import KNOWN, MountOptions, cache_size, parse
 
 
 def test_no_words_are_the_defaults() -> None:
@@ -19,6 +19,7 @@ def test_no_words_are_the_defaults() -> None:
         ("allow_root", "allow_root"),
         ("auto_unmount", "auto_unmount"),
         ("live", "live"),
+        ("no_data_plane", "no_data_plane"),
         ("no_lock", "no_lock"),
         ("nolock", "no_lock"),
         ("nonempty", "nonempty"),
@@ -112,6 +113,38 @@ def test_an_unknown_word_cannot_write_on_the_terminal() -> None:
 
 def test_every_known_word_is_accepted() -> None:
     for known in KNOWN:
-        if known != "allow_root":
-            value = {"cache_size": "=4M"}.get(known.split("=")[0], "=/x") if "=" in known else ""
-            assert parse([known.split("=")[0] + value]) is not None
+        word, _, value = known.partition("=")
+        if word != "allow_root":
+            assert parse([f"{word}={'8M' if value == 'SIZE' else '/x'}" if value else word]) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1M", 1 << 20),
+        ("1048576", 1 << 20),
+        ("1024K", 1 << 20),
+        ("48m", 48 << 20),
+        ("48MiB", 48 << 20),
+        ("3GiB", 3 << 30),
+        ("1024G", 1 << 40),
+    ],
+)
+def test_a_size_of_the_cache_is_what_qemu_img_would_take(text: str, expected: int) -> None:
+    assert expected == cache_size(text) == parse([f"cache_size={text}"]).cache_size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("0", "1048575", "1023K", "1025G", "999999999999G", "9999999999999", "-1M", "+1M", "1.5M", "0x100000"),
+        *("", " 1M", "1 M", "1M ", "1Mi", "1MB", "1T", "M", "\u0664M", "1e9", "inf"),
+    ],
+)
+def test_a_size_that_no_cache_can_have_is_an_error_with_a_hint(text: str) -> None:
+    with pytest.raises(UsageError) as failure:
+        cache_size(text)
+
+    assert f"'{text}'" in str(failure.value)
+    assert failure.value.hint == "from 1M on, with K, M or G behind it"
+    assert failure.value.exit_code == 2
