@@ -197,7 +197,7 @@ class TestUnmounting:
         assert mount.process.returncode == 128 + signal.SIGTERM
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # mounted again and again, it sometimes lacked the newest connection
 def connections() -> Iterator[Path]:
     """Return where the kernel lets its FUSE mounts be aborted."""
     if os.geteuid() != 0:
