@@ -19,12 +19,14 @@ cdef uint64_t disk_preload(disk_t* disk, uint64_t offset, uint64_t end) noexcept
 # with `found`, or ENXIO. What cannot be resolved counts as data, so that reading it is an error and not a hole.
 cdef int disk_seek(const disk_t* disk, uint64_t offset, bint data, uint64_t* found) noexcept nogil
 
+# Was something found that nobody was warned of? Then it is for Disk.warn_past_end, with the GIL.
+cdef bint disk_has_warning(const disk_t* disk) noexcept nogil
+
 
 cdef class Disk:
     cdef disk_t c
     cdef tuple layers  # of LayerMap, kept alive
     cdef Cache cache
-    cdef bint warned  # of past_end
 
     cdef object extent_at(self, uint64_t offset, uint64_t length)
     cdef object read_fault(self, const fault_t* fault)

@@ -134,7 +134,7 @@ cdef class Disk:
         cdef int status
         with nogil:
             status = disk_read(&self.c, buffer, offset, length, &fault)
-        if atomic_load(&self.c.past_end) and not self.warned:
+        if disk_has_warning(&self.c):
             self.warn_past_end()
         if status < 0:
             raise self.read_fault(&fault)
@@ -202,7 +202,9 @@ cdef class Disk:
 
     cdef int warn_past_end(self) except -1:
         cdef LayerMap layer
-        self.warned = True
+        if not disk_has_warning(&self.c):  # another thread was quicker to have the GIL
+            return 0
+        atomic_store(&self.c.warned, 1)
         for layer in self.layers:
             if layer.c.depth + 1 == atomic_load(&self.c.past_end):
                 logger.warning("%s: layer %d: data past the end of the file reads as zeros: the image may be truncated",
@@ -303,6 +305,10 @@ cdef int read_normal(
         if layer.kind != LAYER_RAW or length - <uint64_t>got >= SECTOR_SIZE:  # a raw disk ends with a whole sector
             atomic_store(&disk.past_end, layer.depth + 1)
     return 0
+
+
+cdef bint disk_has_warning(const disk_t* disk) noexcept nogil:
+    return atomic_load(&disk.past_end) and not atomic_load(&disk.warned)
 
 
 cdef void preload_all(disk_t* disk, uint64_t offset, uint64_t length) noexcept nogil:

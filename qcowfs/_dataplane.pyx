@@ -19,7 +19,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from posix.unistd cimport read, write
 
 from qcowfs._ahead cimport ahead_follow, ahead_start, ahead_stop
-from qcowfs._core cimport Disk, disk_read, disk_seek
+from qcowfs._core cimport Disk, disk_has_warning, disk_read, disk_seek
 from qcowfs._handles cimport Handles, handle_t, handles_put, handles_take
 from qcowfs._tables cimport fault_t
 from qcowfs._threads cimport thread_start, thread_stop
@@ -285,7 +285,7 @@ cdef int64_t read_disk(
     if atomic_load(&handle.disk.compressed):
         ahead_follow(&plane.ahead, handle, offset, offset + size)
     status = disk_read(handle.disk, buffer, offset, size, &fault)
-    if atomic_load(&handle.disk.past_end) and not atomic_load(&handle.warned):
+    if disk_has_warning(handle.disk):
         warn(handle)
     if status == 0:
         return <int64_t>size
@@ -294,10 +294,8 @@ cdef int64_t read_disk(
 
 
 cdef void warn(handle_t* handle) noexcept with gil:
-    atomic_store(&handle.warned, 1)
     try:
-        if not (<Disk>handle.keeper).warned:  # by another handle
-            (<Disk>handle.keeper).warn_past_end()
+        (<Disk>handle.keeper).warn_past_end()
     except Exception:
         logger.exception("internal error")
 
@@ -341,15 +339,16 @@ cdef bint answer_seek(plane_t* plane, const fuse_in_header* request, const fuse_
     """
     cdef handle_t* handle = handles_take(plane.handles, wanted.fh)
     cdef fuse_lseek_out found
+    cdef bint data = wanted.whence == <uint32_t>SEEK_DATA
     cdef int error
     if handle == NULL:
         return False
-    if wanted.whence != <uint32_t>SEEK_DATA and wanted.whence != <uint32_t>SEEK_HOLE:
+    if not data and wanted.whence != <uint32_t>SEEK_HOLE:
         error = EINVAL
     elif handle.disk == NULL:
-        error = seek_in_data(handle, wanted.offset, wanted.whence == <uint32_t>SEEK_DATA, &found.offset)
+        error = seek_in_data(handle, wanted.offset, data, &found.offset)
     else:
-        error = disk_seek(handle.disk, wanted.offset, wanted.whence == <uint32_t>SEEK_DATA, &found.offset)
+        error = disk_seek(handle.disk, wanted.offset, data, &found.offset)
     if error:
         reply(plane, request, error, NULL, 0)
     else:

@@ -12,7 +12,6 @@ cdef struct handle_t:
     disk_t* disk  # NULL: a file that only Python can read
     void* keeper  # the Disk that `disk` is in, or None; owned
     void* file  # the file of the tree: read(), report(), end; owned
-    uint32_t warned  # atomic; 1: it was said that data lies past the end of a file
     uint64_t next  # where a sequential reader goes on; guarded by the lock of ahead_t, as is the next one
     uint64_t ahead  # up to where clusters are, or are going to be, decompressed ahead
 

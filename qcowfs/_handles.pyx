@@ -108,11 +108,15 @@ cdef bint grow(handles_t* handles) noexcept nogil:
     return True
 
 
+cdef inline handle_t* look_up(const handles_t* handles, uint64_t number) noexcept nogil:
+    return handles.slots[number] if number < handles.room else NULL
+
+
 cdef handle_t* remove(handles_t* handles, uint64_t number) noexcept nogil:
-    cdef handle_t* handle = NULL
+    cdef handle_t* handle
     pthread_mutex_lock(&handles.lock)
-    if number < handles.room and handles.slots[number] != NULL:
-        handle = handles.slots[number]
+    handle = look_up(handles, number)
+    if handle != NULL:
         handles.slots[number] = NULL
         handles.count -= 1
     pthread_mutex_unlock(&handles.lock)
@@ -120,10 +124,10 @@ cdef handle_t* remove(handles_t* handles, uint64_t number) noexcept nogil:
 
 
 cdef handle_t* handles_take(handles_t* handles, uint64_t number) noexcept nogil:
-    cdef handle_t* handle = NULL
+    cdef handle_t* handle
     pthread_mutex_lock(&handles.lock)
-    if number < handles.room and handles.slots[number] != NULL:
-        handle = handles.slots[number]
+    handle = look_up(handles, number)
+    if handle != NULL:
         handle.references += 1
     pthread_mutex_unlock(&handles.lock)
     return handle

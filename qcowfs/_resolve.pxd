@@ -23,6 +23,7 @@ cdef struct disk_t:
     uint64_t virtual_size  # bytes
     cache_t* cache
     uint32_t past_end  # atomic; the depth, + 1, of a layer whose data was found to lie past the end of its file
+    uint32_t warned  # atomic; 1: `past_end` was said
     uint32_t compressed  # atomic; 1: a compressed cluster was met
 
 

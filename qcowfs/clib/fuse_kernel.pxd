@@ -4,7 +4,6 @@ from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<linux/fuse.h>" nogil:
     enum:
-        FUSE_FORGET
         FUSE_READ
         FUSE_INIT
         FUSE_READDIR
