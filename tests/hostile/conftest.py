@@ -43,3 +43,11 @@ def _status(field: str) -> int:
     found = re.search(rf"^{field}:\s+(\d+) kB$", (PROCESS / "status").read_text(), re.MULTILINE)
     assert found is not None, field
     return int(found[1]) << 10
+
+
+@pytest.fixture
+def base(path: Path) -> Path:
+    """Return a raw backing file beside `path`, the image of the module's own fixture."""
+    base = path.with_name("base.raw")
+    base.write_bytes(b"\x11" * (512 << 10))
+    return base

@@ -209,13 +209,6 @@ def backing(name: bytes, **more: Any) -> bytes:
     return forge.qcow2(extensions=[(forge.BACKING_FORMAT, b"raw")], backing_name=name, **more)
 
 
-@pytest.fixture
-def base(path: Path) -> Path:
-    base = path.with_name("base.raw")
-    base.write_bytes(b"\x11" * 8 * CLUSTER)
-    return base
-
-
 @pytest.mark.parametrize("length", [10, 11, 1022, 1023])
 def test_r6_backing_names_of_up_to_1023_bytes(path: Path, base: Path, length: int) -> None:
     opens(path, backing(b"." + b"/" * (length - 9) + base.name.encode()))

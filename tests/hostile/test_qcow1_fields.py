@@ -152,13 +152,6 @@ def test_r15_fields_that_do_not_matter(path: Path, field: str) -> None:
     opens(path, forge.qcow1(data=DATA, **fields))
 
 
-@pytest.fixture
-def base(path: Path) -> Path:
-    base = path.with_name("base.raw")
-    base.write_bytes(b"\x11" * 8 * CLUSTER)
-    return base
-
-
 @pytest.mark.parametrize("length", [10, 11, 1022, 1023])
 def test_r15_backing_names_of_up_to_1023_bytes(path: Path, base: Path, length: int) -> None:
     opens(path, forge.qcow1(backing_name=b"." + b"/" * (length - 9) + base.name.encode()))

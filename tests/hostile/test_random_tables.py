@@ -128,16 +128,22 @@ def test_random_entries(kind: str, seed: int, original: Path) -> None:
     """Right, wrong, and as QEMU reads them."""
     image = forge(kind, original, random.Random(f"{kind} {seed}"))
     size = Tables(image).cluster_size
-    ranges = [(number * size, size) for number in range(CLUSTERS)]
 
     with open_chain(str(image), Policy()) as chain:
         disk = active_disk(chain)
-        said = [qcowfs_says(disk, *piece) for piece in ranges]
-
-        expected = qemu_reads(image, ranges)
-        assert expected == said, [number for number in range(CLUSTERS) if expected[number] != said[number]]
+        expected = assert_as_qemu_reads(image, disk, size)
         for number, content in enumerate(expected):
             check_extents(chain, disk, number, content, size)
+
+
+def assert_as_qemu_reads(image: Path, disk: Disk, cluster_size: int) -> list[Content]:
+    """Compare each cluster of `disk` with what QEMU reads of `image`, and return that."""
+    ranges = [(number * cluster_size, cluster_size) for number in range(CLUSTERS)]
+    said = [qcowfs_says(disk, *piece) for piece in ranges]
+    expected = qemu_reads(image, ranges)
+
+    assert expected == said, [number for number in range(CLUSTERS) if expected[number] != said[number]]
+    return expected
 
 
 def check_extents(chain: Chain, disk: Disk, number: int, content: Content, cluster_size: int) -> None:
@@ -185,11 +191,6 @@ def test_streams_with_flipped_bits(seed: int, compressed_text: Path) -> None:
     for number in range(CLUSTERS):
         place = (tables.l2(number) & ((1 << 50) - 1)) + generator.choice([0, 1, 2, 3, 4, 5, 8, 20, 60, 500, 1500])
         tables.word(place, tables.word(place) ^ 1 << generator.randrange(64))
-    ranges = [(number * size, size) for number in range(CLUSTERS)]
 
     with open_chain(str(image), Policy()) as chain:
-        disk = active_disk(chain)
-        said = [qcowfs_says(disk, *piece) for piece in ranges]
-
-    expected = qemu_reads(image, ranges)
-    assert expected == said, [number for number in range(CLUSTERS) if expected[number] != said[number]]
+        assert_as_qemu_reads(image, active_disk(chain), size)

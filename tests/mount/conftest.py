@@ -11,7 +11,7 @@ import pytest
 from qcowfs import mountpoint
 from tests.mount.images import Story, make_image, make_story
 from tests.support import need
-from tests.support.mounts import Person, force_unmount, need_fuse, ordinary_user
+from tests.support.mounts import Person, force_unmount, me, need_fuse, ordinary_user
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +46,19 @@ def ordinary(tmp_path: Path) -> Person:
     """Return an ordinary user, who may pass through the test's directory."""
     tmp_path.chmod(0o711)
     return ordinary_user()
+
+
+@pytest.fixture(params=["whoever runs the tests", "an ordinary user"])
+def person(request: pytest.FixtureRequest, tmp_path: Path, target: Path) -> Person:
+    """Return who mounts and reads; the mount point is theirs."""
+    if request.param == "whoever runs the tests":
+        return me()
+    found: Person = request.getfixturevalue("ordinary")
+    if found.is_me:
+        pytest.skip("whoever runs the tests is an ordinary user")
+    found.own(tmp_path)
+    found.own(target)
+    return found
 
 
 @pytest.fixture(autouse=True)

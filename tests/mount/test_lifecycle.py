@@ -35,19 +35,6 @@ from tests.support.mounts import (
 )
 
 
-@pytest.fixture(params=["whoever runs the tests", "an ordinary user"])
-def person(request: pytest.FixtureRequest, tmp_path: Path, target: Path) -> Person:
-    """Return who mounts; the mount point is theirs."""
-    if request.param == "whoever runs the tests":
-        return me()
-    found: Person = request.getfixturevalue("ordinary")
-    if found.is_me:
-        pytest.skip("whoever runs the tests is an ordinary user")
-    found.own(tmp_path)
-    found.own(target)
-    return found
-
-
 @contextmanager
 def held(path: Path, person: Person, how: str = "exec sleep 60 <") -> Iterator[subprocess.Popen[bytes]]:
     """Keep `path` busy in another process."""

@@ -25,7 +25,6 @@ from tests.support.mounts import (
     in_foreground,
     interpreter,
     is_running,
-    me,
     mounted,
     qemu,
     shell,
@@ -67,19 +66,6 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Busy:
 def options(request: pytest.FixtureRequest) -> tuple[str, ...]:
     """Return the mount's options: each rule here holds with the data plane and without."""
     return (*PLANES[request.param], "--cache-size", "1M")
-
-
-@pytest.fixture(params=["whoever runs the tests", "an ordinary user"])
-def person(request: pytest.FixtureRequest, tmp_path: Path, target: Path) -> Person:
-    """Return who mounts and reads; the mount point is theirs."""
-    if request.param == "whoever runs the tests":
-        return me()
-    found: Person = request.getfixturevalue("ordinary")
-    if found.is_me:
-        pytest.skip("whoever runs the tests is an ordinary user")
-    found.own(tmp_path)
-    found.own(target)
-    return found
 
 
 class Readers:
