@@ -14,7 +14,8 @@ Used by every room; imports nothing of the project. A class's docstring is the t
     |   `-- PointNotFound     17   ENOENT       the image holds no such point in time
     |-- MountpointError       14   EBUSY        the directory to mount on
     |-- FuseUnavailable       15   ENODEV       /dev/fuse, fusermount3 or pyfuse3
-    `-- ReadFault              1   (as found)   a range of one disk that cannot be read right
+    |-- ReadFault              1   (as found)   a range of one disk that cannot be read right
+    `-- TreeFault              1   (as found)   a name, a file or a whole tree inside a disk that cannot be read right
 
 Exit codes are documented in qcowfs(1); a test compares the two.
 """
@@ -35,6 +36,7 @@ __all__ = [
     "QcowfsError",
     "ReadFault",
     "SourceError",
+    "TreeFault",
     "UnsupportedImage",
     "UsageError",
     "printable",
@@ -167,4 +169,13 @@ class ReadFault(QcowfsError):
         self.image = printable(image)
         self.depth = depth
         self.guest_offset = guest_offset
+        self.errno = errno
+
+
+class TreeFault(QcowfsError):
+    """{volume}: {what}"""
+
+    def __init__(self, volume: str | bytes, what: str, errno: int = _errno.EIO, *, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.volume = printable(volume)
         self.errno = errno

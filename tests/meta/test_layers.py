@@ -17,6 +17,7 @@ ROWS = (
     ("mount", "daemon", "fuse", "watcher", "mountpoint", "mountoptions"),
     ("vfs",),
     ("sizes",),
+    ("inside",),
     ("snapshot",),
     ("chain",),
     ("gate", "policy", "filename", "jsonname"),
@@ -31,6 +32,7 @@ ROWS = (
     ("_tables", "_codec"),
     ("_cache",),
     ("_source", "_threads"),
+    ("_records",),
     ("clib",),
     ("errors", "limits", "__init__"),
 )

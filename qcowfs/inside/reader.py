@@ -1,0 +1,91 @@
+"""What a reader of a file system has to offer, and what it is given. Implemented by one file for each family.
+
+A reader lives in a worker process of its own, in one thread. It keeps its own state small (the worker has 64 MiB),
+caps every count that it takes from the volume, proves progress in every loop, and never follows a name of the volume to
+anything but the volume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from qcowfs.inside.record import Extent
+
+__all__ = ["Device", "Extents", "Reader", "Unreadable"]
+
+
+class Unreadable(Exception):
+    """This volume cannot be shown as a tree; the text says why, for a person, in a few words."""
+
+
+class Device(Protocol):
+    """A volume's bytes, as a reader gets them. Reads are cached and joined by the worker."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the volume."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes at `offset`.
+
+        Raises:
+            OSError: EIO, they cannot be read, or lie (partly) past the end.
+        """
+
+
+class Extents(NamedTuple):
+    """Where the bytes of a file are stored, from the asked place up to `end`; what is in no extent is zeros.
+
+    An extent whose `offset` is >= INLINE lies in `inline` instead of the volume, at `offset` - INLINE.
+    `end` is the file's size, or less if there are more extents than were asked for.
+    """
+
+    extents: Sequence[Extent]
+    end: int
+    inline: bytes = b""
+
+
+INLINE = 1 << 63
+
+
+class Reader(Protocol):
+    """A tree of files. Inode numbers are the reader's own: 0 < number < 2 ** 40, the same in every worker.
+
+    Every method may raise OSError (ENOENT: no such name or inode; ENODATA; EIO: the volume is damaged there, with a
+    text that says what is wrong). Names and targets are bytes as stored.
+    """
+
+    root: int
+
+    def facts(self) -> Mapping[str, str]:
+        """Return what `qcowfs list -v` shows beyond kind, label and UUID: "recovery", for one."""
+
+    def stat(self, ino: int) -> bytes:
+        """Return the bytes of `record.INODE`."""
+
+    def lookup(self, ino: int, name: bytes) -> int:
+        """Return the inode number of `name` in the directory `ino`."""
+
+    def entries(self, ino: int, cookie: int, room: int) -> bytes:
+        """Return entries (record.pack_entry) of the directory `ino`, about `room` bytes of them, b"" after the last.
+
+        Args:
+            cookie: 0 for the start, or that of the last entry before. Neither "." nor ".." are listed, nor names that
+                Linux cannot have (empty, with "/" or NUL, longer than 255 bytes).
+        """
+
+    def readlink(self, ino: int) -> bytes:
+        """Return the target of a symbolic link."""
+
+    def xattrs(self, ino: int) -> Mapping[bytes, bytes]:
+        """Return all extended attributes, named and encoded as Linux's kernel presents them."""
+
+    def extents(self, ino: int, offset: int, limit: int) -> Extents | None:
+        """Return where the bytes of a file are from `offset` on, `limit` extents at most.
+
+        None: they are stored compressed, or otherwise not as they are; `read` makes them.
+        """
+
+    def read(self, ino: int, offset: int, length: int) -> bytes:
+        """Return `length` bytes at `offset`, fewer only at the end of the file. For files without extents."""
