@@ -44,3 +44,16 @@ DEFAULT_CACHE_SIZE = 32 << 20  # L1/L2 slices and decompressed clusters of one m
 TABLE_SLICE_SIZE = 1024  # tables are read and cached in such slices: of 20,000 L2 tables all fit that are in use
 MAX_COUNTED_TABLES = 64 << 20  # bytes of L2 tables that one mount walks to answer st_blocks exactly; then an estimate
 MAX_LISTED_TABLES = 1 << 30  # the same for `list` and `info`, which a person waits for
+
+MAX_PARTITIONS = 255  # Linux: the most that one disk has
+MAX_GPT_ARRAY = 4 << 20  # Linux: bytes of all entries; what is usual is 16 KiB
+MAX_EMPTY_EBRS = 100  # Linux: links of a chain of extended boot records in a row that name no partition
+MAX_LVM_AREAS = 16  # data and metadata areas of one physical volume; LVM makes 3 at most
+MAX_LVM_TEXT = 4 << 20  # bytes of a volume group's metadata, some 10,000 volumes; LVM reserves 1 MiB by default
+MAX_LVM_TEXTS = 8 << 20  # the same, of all groups that one disk shows: 1 MiB takes a third of a second
+MAX_LVM_DEPTH = 8  # sections in sections; LVM's own nest 4 deep
+MAX_LVM_NAME = 127  # LVM: bytes of the name of a group, a volume, and of both joined as device-mapper has them
+MAX_LVM_VOLUMES = 10_000  # logical volumes of one group; LVM itself becomes slow beyond some thousand
+MAX_ROOT_CLUSTERS = 100  # of a FAT or exFAT root directory that is searched for the label, as blkid searches it
+MAX_ROOT_BYTES = 1 << 18  # the same in bytes, so that 255 hostile partitions cost a second at most
+MAX_NOTES = 20  # sentences on what is wrong with one disk's tables; a person reads no more
