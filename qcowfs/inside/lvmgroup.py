@@ -89,7 +89,7 @@ def group(text: Section) -> Group:
     logical = [
         _logical(name, one, extent_size, physical, stores.get(name, ""))
         for name, one in volumes.items()
-        if is_name(name) and "VISIBLE" in strings(one, "status") and not _is_snapshot(one)
+        if is_name(name) and (name in stores or "VISIBLE" in strings(one, "status")) and not _is_snapshot(one)
     ]
     return Group(name, string(section, "id"), number(section, "seqno"), physical, logical)
 
@@ -136,14 +136,16 @@ def _is_snapshot(volume: Section) -> bool:
 
 
 def _stores(volumes: Mapping[str, Section]) -> dict[str, str]:
-    """Return what is no plain volume though its segments are, with its trouble: snapshots, and where one is merged."""
+    """Return what is no plain volume though its segments are, with its trouble: snapshots, and where one is merged.
+
+    A snapshot's store is not marked as visible; LVM shows it unless it is being merged.
+    """
     found = {}
     for volume in volumes.values():
         for segment in _segments(volume):
             if segment.get("type") == "snapshot":
                 found[string(segment, "cow_store")] = "an LVM snapshot is not supported yet"
-            if merging := string(segment, "merging_store"):
-                found[merging] = "an LVM snapshot is not supported yet"
+            if string(segment, "merging_store"):
                 found[string(segment, "origin")] = "an LVM volume into which a snapshot is merged is not supported yet"
     return found
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from qcowfs import limits
 from qcowfs.inside.probes import Read
 
-__all__ = ["Area", "Label", "Text", "locate", "read_label", "read_text"]
+__all__ = ["Area", "Label", "Text", "checksum", "dashed", "locate", "read_label", "read_text"]
 
 SECTOR = 512
 LABEL_SECTORS = 4  # it is in one of the first

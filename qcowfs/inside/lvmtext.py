@@ -18,7 +18,7 @@ Value: TypeAlias = int | str | list[int | str]
 Section: TypeAlias = "dict[str, Value | Section]"
 
 TOKEN = re.compile(
-    r"""[\s\0]+ | \#[^\n]* | (?P<string>"(?:[^"\\]|\\.)*") | (?P<number>[-+]?\d+(?:\.\d+)?)(?![\w.+-])
+    r"""[\s\0]+ | \#[^\n]* | (?P<string>"(?:[^"\\]++|\\.)*+") | (?P<number>[-+]?\d+(?:\.\d+)?)(?![\w.+-])
     | (?P<name>[\w.+-]+) | (?P<mark>[{}\[\]=,])""",
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
