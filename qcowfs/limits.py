@@ -44,3 +44,17 @@ DEFAULT_CACHE_SIZE = 32 << 20  # L1/L2 slices and decompressed clusters of one m
 TABLE_SLICE_SIZE = 1024  # tables are read and cached in such slices: of 20,000 L2 tables all fit that are in use
 MAX_COUNTED_TABLES = 64 << 20  # bytes of L2 tables that one mount walks to answer st_blocks exactly; then an estimate
 MAX_LISTED_TABLES = 1 << 30  # the same for `list` and `info`, which a person waits for
+
+INSIDE_WORKERS = 16  # processes that read trees, of one mount: an idle one keeps about 10 MiB of its own
+INSIDE_RESTARTS = 3  # crashes of one tree's worker within INSIDE_RESTART_SECONDS; then the tree is EIO for a while
+INSIDE_RESTART_SECONDS = 300  # a crash costs milliseconds, but its cause will not go away by itself
+INSIDE_REQUEST_SECONDS = 8  # processor time of one request in the worker, which then dies by its own timer
+INSIDE_ANSWER_SECONDS = 10  # the whole request as the mount process sees it, for a worker that has lost its timer
+INSIDE_CPU_SECONDS = 3600  # processor time of one worker: one that spins while nobody asks ends some day
+INSIDE_MEMORY = 128 << 20  # address space beyond Python's own: 64 MiB of a reader, the blocks, and malloc's reserve
+INSIDE_BLOCK = 64 << 10  # a worker reads and keeps its volume in blocks of this: 6 MB are 100 questions
+INSIDE_BLOCKS = 256  # of them kept: 16 MiB
+INSIDE_WANT = 1 << 20  # bytes that a worker may ask for at once, and that one request may return
+INSIDE_ANSWER = 4 << 20  # bytes of one answer: the 1 MiB of a read, or all extended attributes of one file
+INSIDE_ERROR = 300  # bytes of an error's text, which may hold names of the volume
+INSIDE_EXTENTS = 65536  # extents of one answer
