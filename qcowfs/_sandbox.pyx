@@ -29,7 +29,7 @@ def confine(unsigned long long memory, unsigned long long cpu_seconds):
     """Confine this process, which has one thread; return the words for what could be done.
 
     Args:
-        memory: bytes of address space beyond those that are mapped already.
+        memory: bytes of address space, those that are mapped already among them.
         cpu_seconds: processor time that it may take in its life.
     """
     done = []
@@ -39,11 +39,10 @@ def confine(unsigned long long memory, unsigned long long cpu_seconds):
     # Becoming somebody else has cleared the one, and given the other back, so they come after it.
     prctl(PR_SET_PDEATHSIG, <long>SIGKILL, 0, 0, 0)
     prctl(PR_SET_DUMPABLE, 0L, 0, 0, 0)
-    mapped = mapped_bytes()
     abi = qcowfs_landlock()
     if abi > 0:
         done.append(f"landlock-{abi}")
-    done.append(limit(mapped + memory, cpu_seconds))
+    done.append(limit(memory, cpu_seconds))
     if qcowfs_seccomp() == 0:
         done.append("seccomp")
     return done
@@ -64,21 +63,12 @@ cdef list become_nobody():
     return done
 
 
-cdef object mapped_bytes():
-    """Address space of this process: what Python, its modules and the launcher's caller have mapped is no leak."""
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        return 256 << 20
-
-
 cdef str limit(object memory, object cpu_seconds):
     limits = (
         (resource.RLIMIT_CORE, 0),  # a dump would hold the guest's data
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_NOFILE, 0),  # those that are open stay open
+        (resource.RLIMIT_NOFILE, 0),  # the socket stays
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, cpu_seconds),
     )

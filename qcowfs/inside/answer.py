@@ -10,8 +10,9 @@ import stat
 from typing import Any
 
 from qcowfs import limits
+from qcowfs._answer import check_entries
 from qcowfs.inside.reader import INLINE, Extents
-from qcowfs.inside.record import ENTRY, EXTENT, INODE, INODE_BITS, UNMAPPED, Extent
+from qcowfs.inside.record import EXTENT, INODE, INODE_BITS, Extent
 from qcowfs.inside.wire import EXTENTS, PAIR
 
 __all__ = ["entries", "extents", "inode", "link", "number", "pairs"]
@@ -51,35 +52,9 @@ def _inode(fields: tuple[Any, ...]) -> int:
 
 
 def entries(body: bytes, cookie: int, volume_size: int) -> bytes:
-    """Return `body` if it is nothing but entries of a directory, none of them with the `cookie` that was asked for."""
-    place, end = 0, len(body)
-    while place < end:
-        place += _entry(body, place, cookie, volume_size)
+    """Return `body` if it is nothing but entries of a directory, none with the `cookie` that was asked for."""
+    check_entries(body, cookie, volume_size)
     return body
-
-
-def _entry(body: bytes, place: int, cookie: int, volume_size: int) -> int:
-    if len(body) - place < ENTRY.size + INODE.size:
-        raise ValueError("an entry that is cut off")
-    following, name_length, count, length = ENTRY.unpack_from(body, place)
-    count = 0 if count == UNMAPPED else count
-    start = ENTRY.size + INODE.size + EXTENT.size * count
-    if length % 8 or not start + name_length <= length <= min(len(body) - place, start + name_length + 7):
-        raise ValueError("an entry's length")
-    if following in (0, cookie):
-        raise ValueError("an entry's cookie")
-    fields = INODE.unpack_from(body, place + ENTRY.size)
-    _inode(fields)
-    _name(body[place + start : place + start + name_length])
-    if count:
-        packed = body[place + ENTRY.size + INODE.size : place + start]
-        _extents([Extent(*extent) for extent in EXTENT.iter_unpack(packed)], fields[1], volume_size, 0)
-    return int(length)
-
-
-def _name(name: bytes) -> None:
-    if not 0 < len(name) <= LONGEST_NAME or name in (b".", b"..") or b"/" in name or b"\0" in name:
-        raise ValueError("a name that no file can have")
 
 
 def link(body: bytes) -> bytes:

@@ -32,7 +32,7 @@ def work(channel: socket.socket, kind: str) -> None:
         readers.import_reader(kind)
     except Unreadable as error:
         trouble = str(error)
-    done = _sandbox.confine(limits.INSIDE_MEMORY, limits.INSIDE_CPU_SECONDS)
+    done = _sandbox.confine(_mapped() + limits.INSIDE_MEMORY, limits.INSIDE_CPU_SECONDS)
     worker = _Worker(channel, kind, trouble, " ".join(done))
     while True:
         try:
@@ -40,6 +40,15 @@ def work(channel: socket.socket, kind: str) -> None:
         except (EOFError, OSError):
             return
         worker.serve(request, number, body)
+
+
+def _mapped() -> int:
+    """Return the address space of this process: what Python and the launcher's caller have mapped is no leak."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 256 << 20  # no /proc: more than Python and its libraries ever map
 
 
 class _Worker:
