@@ -181,6 +181,11 @@ class Tree:
             raise self._crashed(f"no answer within {limits.INSIDE_ANSWER_SECONDS} s") from error
         except (OSError, ValueError) as error:
             raise self._crashed(f"it answered nonsense ({error})") from error
+        except TreeFault:
+            raise
+        except BaseException:  # of this side, in the middle of an exchange: what is on its way fits no later request
+            self._end()
+            raise
 
     def _answer(self, request: Kind, body: bytes) -> bytes:
         """Send a request, serve what the worker wants to read meanwhile, and return its answer."""

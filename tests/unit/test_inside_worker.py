@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,49 @@ def test_a_worker_that_spins_ends_by_its_own_timer(monkeypatch: pytest.MonkeyPat
     with pytest.raises(TreeFault, match="it took longer than"):
         tree.lookup(2, b"spin")
     after.close()
+
+
+def test_many_threads_ask_one_tree(tree: Tree) -> None:
+    def ask(number: int) -> bool:
+        place = number * 7919 % (BAD - 100)
+        return volume(place, 64) == tree.read(2, place, 64) and fakereader.inode(number) == tree.stat(number)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(ask, range(1, 400)))
+
+
+def test_an_exchange_that_this_side_broke_off_is_not_gone_on_with(launcher: Launcher) -> None:
+    def interrupted(offset: int, length: int) -> bytes:
+        raise KeyboardInterrupt
+
+    tree = Tree(launcher, "disk", KIND, SIZE, interrupted, True)
+    with pytest.raises(KeyboardInterrupt):
+        tree.read(2, 0, 10)
+
+    assert [] == children_of(launcher)
+    assert fakereader.inode(7) == tree.stat(7)
+
+
+def test_nothing_is_left_after_close(launcher: Launcher, tree: Tree) -> None:
+    tree.stat(2)
+    pids = [str(launcher._pid), *children_of(launcher)]
+    launcher.close()
+
+    assert 2 == len(pids)
+    assert [] == [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    with pytest.raises(TreeFault, match="cannot be started"):
+        tree.stat(2)
+
+
+@pytest.mark.expect_warnings
+def test_a_launcher_that_was_killed_is_eio(launcher: Launcher, tree: Tree) -> None:
+    tree.stat(2)
+    os.kill(launcher._pid, signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(TreeFault) as caught:
+            time.sleep(0.05)
+            tree.stat(2)
+        assert errno.EIO == caught.value.errno
 
 
 def test_the_longest_idle_worker_gives_way(launcher: Launcher) -> None:
