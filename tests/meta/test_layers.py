@@ -32,6 +32,7 @@ ROWS = (
     ("_tables", "_codec"),
     ("_cache",),
     ("_source", "_threads"),
+    ("_answer", "_sandbox"),
     ("_records",),
     ("clib",),
     ("errors", "limits", "__init__"),

@@ -1,0 +1,79 @@
+# cython: language_level=3
+"""Takes every right from the calling process but to compute and to talk over the sockets that it has.
+
+Used by inside/worker.py and inside/launcher.py. Each step works without the others: where the kernel, a container or
+the lack of root withholds one, the rest still holds. There is no way back.
+
+The filter answers EPERM to what a library may ask in good faith (a file that it opens if it is there), and kills for
+what only an attacker asks (a program, a socket, another process).
+"""
+
+import os
+import resource
+
+from qcowfs.clib.sandbox cimport (
+    PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, SIGKILL, prctl, qcowfs_drop_capabilities,
+    qcowfs_landlock, qcowfs_seccomp,
+)
+
+cdef int NOBODY = 65534
+
+
+def die_with_parent(bytes name):
+    """Have the kernel kill this process when the thread that forked it ends; `name` is shown by ps, 15 bytes of it."""
+    prctl(PR_SET_PDEATHSIG, <long>SIGKILL, 0, 0, 0)
+    prctl(PR_SET_NAME, <char*>name, 0, 0, 0)
+
+
+def confine(unsigned long long memory, unsigned long long cpu_seconds):
+    """Confine this process, which has one thread; return the words for what could be done.
+
+    Args:
+        memory: bytes of address space, those that are mapped already among them.
+        cpu_seconds: processor time that it may take in its life.
+    """
+    done = []
+    if prctl(PR_SET_NO_NEW_PRIVS, 1L, 0, 0, 0) == 0:
+        done.append("no-new-privs")
+    done.extend(become_nobody())
+    # Becoming somebody else has cleared the one, and given the other back, so they come after it.
+    prctl(PR_SET_PDEATHSIG, <long>SIGKILL, 0, 0, 0)
+    prctl(PR_SET_DUMPABLE, 0L, 0, 0, 0)
+    abi = qcowfs_landlock()
+    if abi > 0:
+        done.append(f"landlock-{abi}")
+    done.append(limit(memory, cpu_seconds))
+    if qcowfs_seccomp() == 0:
+        done.append("seccomp")
+    return done
+
+
+cdef list become_nobody():
+    done = []
+    if os.geteuid() == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            done.append("nobody")
+        except OSError:
+            pass  # a user namespace that has no such user: the capabilities go all the same
+    if qcowfs_drop_capabilities() == 0:
+        done.append("no-capabilities")
+    return done
+
+
+cdef str limit(object memory, object cpu_seconds):
+    limits = (
+        (resource.RLIMIT_CORE, 0),  # a dump would hold the guest's data
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_NOFILE, 0),  # the socket stays
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, cpu_seconds),
+    )
+    for name, most in limits:
+        hard = resource.getrlimit(name)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(name, (most, most))
+    return "limits"
