@@ -1,10 +1,15 @@
 # A disk: one point in time read as raw bytes, through the whole chain, without the GIL.
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from qcowfs._cache cimport Cache
 from qcowfs._resolve cimport disk_t
 from qcowfs._tables cimport fault_t
+
+
+cdef enum:
+    SEEK_TIME_MS = 1000  # a seek gives up after it
+    SEEK_STEPS = 64  # extents between two looks at the clock
 
 
 # Fill `buffer` with `length` bytes at `offset`, all within the disk. Returns 0, or -1 with `fault`.
@@ -21,6 +26,8 @@ cdef int disk_seek(const disk_t* disk, uint64_t offset, bint data, uint64_t* fou
 
 # Was something found that nobody was warned of? Then it is for Disk.warn_past_end, with the GIL.
 cdef bint disk_has_warning(const disk_t* disk) noexcept nogil
+
+cdef int64_t monotonic_ms() noexcept nogil
 
 
 cdef class Disk:

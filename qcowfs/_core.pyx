@@ -32,8 +32,6 @@ from qcowfs.errors import ReadFault
 cdef enum:
     SECTOR_SIZE = 512
     PRELOAD_SHARE = 4  # of the cache's budget, what one read may put there before it uses it
-    SEEK_TIME_MS = 1000  # a seek gives up after it
-    SEEK_STEPS = 64  # extents between two looks at the clock
 
 cdef uint32_t last_identity = 0
 
@@ -364,7 +362,7 @@ cdef bint holds_data(const disk_t* disk, uint64_t offset, uint64_t* length) noex
     return resolved.mapping.type == NORMAL or resolved.mapping.type == COMPRESSED
 
 
-cdef inline int64_t monotonic_ms() noexcept nogil:
+cdef int64_t monotonic_ms() noexcept nogil:
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
     return <int64_t>now.tv_sec * 1000 + now.tv_nsec // 1000000

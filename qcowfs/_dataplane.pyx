@@ -13,14 +13,15 @@ import socket
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOENT, ENOMEM, ENXIO, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from posix.unistd cimport read, write
 
 from qcowfs._ahead cimport ahead_follow, ahead_start, ahead_stop
-from qcowfs._core cimport Disk, disk_has_warning, disk_read, disk_seek
-from qcowfs._handles cimport Handles, handle_t, handles_put, handles_take
+from qcowfs._core cimport disk_has_warning, disk_read, disk_seek
+from qcowfs._handles cimport (
+    Handles, handle_end, handle_read, handle_report, handle_t, handle_warn, handles_put, handles_take,
+)
+from qcowfs._mapped cimport mapped_has_warning, mapped_read, mapped_seek
 from qcowfs._tables cimport fault_t
 from qcowfs._threads cimport thread_start, thread_stop
 from qcowfs.clib.atomic cimport (
@@ -251,10 +252,12 @@ cdef bint answer_read(worker_t* worker, const fuse_in_header* request, const fus
         return False
     if wanted.size > LARGEST_READ or not have_buffer(worker, wanted.size):
         got = -ENOMEM
-    elif handle.disk == NULL:
-        got = read_by_python(handle, worker.buffer, wanted.size, wanted.offset)
-    else:
+    elif handle.disk != NULL:
         got = read_disk(plane, handle, worker.buffer, wanted.size, wanted.offset)
+    elif handle.mapped != NULL:
+        got = read_mapped(handle, worker.buffer, wanted.size, wanted.offset)
+    else:
+        got = handle_read(handle, worker.buffer, wanted.size, wanted.offset)
     if got < 0:
         reply(plane, request, <int>-got, NULL, 0)
     else:
@@ -286,50 +289,27 @@ cdef int64_t read_disk(
         ahead_follow(&plane.ahead, handle, offset, offset + size)
     status = disk_read(handle.disk, buffer, offset, size, &fault)
     if disk_has_warning(handle.disk):
-        warn(handle)
+        handle_warn(handle)
     if status == 0:
         return <int64_t>size
-    report(handle, &fault)
+    handle_report(handle, &fault, 0)
     return -fault.error if fault.error > 0 else -EIO
 
 
-cdef void warn(handle_t* handle) noexcept with gil:
-    try:
-        (<Disk>handle.keeper).warn_past_end()
-    except Exception:
-        logger.exception("internal error")
-
-
-cdef void report(handle_t* handle, const fault_t* fault) noexcept with gil:
-    try:
-        (<object>handle.file).report((<Disk>handle.keeper).read_fault(fault))
-    except Exception:
-        logger.exception("internal error")
-
-
-cdef int64_t read_by_python(handle_t* handle, char* buffer, uint64_t size, uint64_t offset) noexcept with gil:
-    try:
-        data = (<object>handle.file).read(offset, size)
-        if not isinstance(data, bytes) or <uint64_t>PyBytes_GET_SIZE(data) > size:
-            raise ValueError("read() has to return bytes, and no more than were asked for")
-        memcpy(buffer, PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data))
-        return PyBytes_GET_SIZE(data)
-    except Exception as error:
-        return -errno_of(error)
-
-
-cdef int64_t end_by_python(handle_t* handle) noexcept with gil:
-    try:
-        return (<object>handle.file).end()
-    except Exception as error:
-        return -errno_of(error)
-
-
-cdef int errno_of(error) except? EIO:
-    number = getattr(error, "errno", None)
-    if number is None:
-        logger.error("internal error in a read", exc_info=error)
-    return number or EIO
+cdef int64_t read_mapped(handle_t* handle, char* buffer, uint64_t size, uint64_t offset) noexcept nogil:
+    cdef fault_t fault
+    cdef uint32_t number = 0
+    cdef int status
+    if offset >= handle.mapped.size:
+        return 0
+    size = min(size, handle.mapped.size - offset)
+    status = mapped_read(handle.mapped, buffer, offset, size, &fault, &number)
+    if mapped_has_warning(handle.mapped):
+        handle_warn(handle)
+    if status == 0:
+        return <int64_t>size
+    handle_report(handle, &fault, number)
+    return -fault.error if fault.error > 0 else -EIO
 
 
 cdef bint answer_seek(plane_t* plane, const fuse_in_header* request, const fuse_lseek_in* wanted) noexcept nogil:
@@ -345,10 +325,12 @@ cdef bint answer_seek(plane_t* plane, const fuse_in_header* request, const fuse_
         return False
     if not data and wanted.whence != <uint32_t>SEEK_HOLE:
         error = EINVAL
-    elif handle.disk == NULL:
-        error = seek_in_data(handle, wanted.offset, data, &found.offset)
-    else:
+    elif handle.disk != NULL:
         error = disk_seek(handle.disk, wanted.offset, data, &found.offset)
+    elif handle.mapped != NULL:
+        error = mapped_seek(handle.mapped, wanted.offset, data, &found.offset)
+    else:
+        error = seek_in_data(handle, wanted.offset, data, &found.offset)
     if error:
         reply(plane, request, error, NULL, 0)
     else:
@@ -359,7 +341,7 @@ cdef bint answer_seek(plane_t* plane, const fuse_in_header* request, const fuse_
 
 cdef int seek_in_data(handle_t* handle, uint64_t offset, bint data, uint64_t* found) noexcept nogil:
     """A disk that another process is writing has no holes: they could be filled before they are used."""
-    cdef int64_t end = end_by_python(handle)
+    cdef int64_t end = handle_end(handle)
     if end < 0:
         return <int>-end
     if offset >= <uint64_t>end:

@@ -1,6 +1,7 @@
 from typing import Protocol
 
 from qcowfs._core import Disk
+from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError
 
 class File(Protocol):
@@ -10,5 +11,5 @@ class File(Protocol):
 
 class Handles:
     def __len__(self) -> int: ...
-    def attach(self, disk: Disk | None, file: File) -> int: ...
+    def attach(self, disk: Disk | Mapped | None, file: File) -> int: ...
     def detach(self, number: int) -> None: ...

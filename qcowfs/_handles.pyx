@@ -6,18 +6,26 @@ putting back is for any thread, without the GIL. A file that is detached while s
 has ended. One mutex, never held while anything else is waited for.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+import logging
+
+from libc.errno cimport EIO
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF
 
 from qcowfs._core cimport Disk
+from qcowfs._mapped cimport Mapped
+from qcowfs._tables cimport fault_t
 from qcowfs.clib.pthread cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 
 cdef enum:
     FIRST_ROOM = 64
+
+logger = logging.getLogger("qcowfs.dataplane")
 
 cdef uint64_t NOWHERE = <uint64_t>-1  # no read begins there
 
@@ -40,11 +48,11 @@ cdef class Handles:
     def __len__(self):
         return <Py_ssize_t>self.c.count
 
-    def attach(self, Disk disk, file not None):
+    def attach(self, disk, file not None):
         """Return a number for one more open file.
 
         Args:
-            disk: None if only Python can read it, through `file`.
+            disk: a Disk or a Mapped; None if only Python can read it, through `file`.
             file: has `read(offset, length)` and `end()`, and hears of faults through `report(error)`; from any thread.
         """
         cdef handle_t* handle = <handle_t*>calloc(1, sizeof(handle_t))
@@ -53,8 +61,10 @@ cdef class Handles:
             raise MemoryError()
         handle.references = 1
         handle.next = NOWHERE
-        if disk is not None:
-            handle.disk = &disk.c
+        if isinstance(disk, Mapped):
+            handle.mapped = &(<Mapped>disk).c
+        elif disk is not None:
+            handle.disk = &(<Disk?>disk).c
         Py_INCREF(disk)
         handle.keeper = <void*>disk
         Py_INCREF(file)
@@ -148,3 +158,49 @@ cdef void handles_put(handles_t* handles, handle_t* handle) noexcept nogil:
     if references == 0:
         with gil:
             free_handle(handle)
+
+
+cdef void handle_warn(handle_t* handle) noexcept with gil:
+    try:
+        if handle.mapped != NULL:
+            (<Mapped>handle.keeper).warn()
+        else:
+            (<Disk>handle.keeper).warn_past_end()
+    except Exception:
+        logger.exception("internal error")
+
+
+cdef void handle_report(handle_t* handle, const fault_t* fault, uint32_t number) noexcept with gil:
+    try:
+        if handle.mapped != NULL:
+            error = (<Mapped>handle.keeper).read_fault(fault, number)
+        else:
+            error = (<Disk>handle.keeper).read_fault(fault)
+        (<object>handle.file).report(error)
+    except Exception:
+        logger.exception("internal error")
+
+
+cdef int64_t handle_read(handle_t* handle, char* buffer, uint64_t size, uint64_t offset) noexcept with gil:
+    try:
+        data = (<object>handle.file).read(offset, size)
+        if not isinstance(data, bytes) or <uint64_t>PyBytes_GET_SIZE(data) > size:
+            raise ValueError("read() has to return bytes, and no more than were asked for")
+        memcpy(buffer, PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data))
+        return PyBytes_GET_SIZE(data)
+    except Exception as error:
+        return -errno_of(error)
+
+
+cdef int64_t handle_end(handle_t* handle) noexcept with gil:
+    try:
+        return (<object>handle.file).end()
+    except Exception as error:
+        return -errno_of(error)
+
+
+cdef int errno_of(error) except? EIO:
+    number = getattr(error, "errno", None)
+    if number is None:
+        logger.error("internal error in a read", exc_info=error)
+    return number or EIO

@@ -20,8 +20,9 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from qcowfs._core import Disk
 from qcowfs._handles import Handles
+from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError
-from qcowfs.vfs.node import Attributes, Directory, DiskFile, Node, RawFile, Symlink
+from qcowfs.vfs.node import Attributes, Directory, DiskFile, Node, RawFile, Symlink, VolumeFile
 from qcowfs.vfs.tree import Tree
 
 __all__ = ["Operations"]
@@ -75,13 +76,19 @@ class Operations(pyfuse3.Operations):
         self._occupied = occupied
         self._handles = handles
         self._opened: dict[int, RawFile] = {}  # by the handle's number
+        self._listings: dict[int, tuple[tuple[bytes, Node], ...]] = {}  # of open directories, as they were opened
+        self._next_listing = 1
         self._counting = trio.CapacityLimiter(1)  # `DiskFile.count` is for one thread at a time
 
     # Names and attributes
 
     @translated
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        node = self._tree.lookup(self._directory(parent_inode), name)
+        directory = self._directory(parent_inode)
+        folder = self._tree.folder(directory, name)
+        if folder is not None:
+            await trio.to_thread.run_sync(folder.resolve)
+        node = self._tree.lookup(directory, name)
         # Opening and reading must not wait for a walk of tables; who wants st_blocks asks for attributes.
         return _absent() if node is None else _entry(node.listed())
 
@@ -126,11 +133,15 @@ class Operations(pyfuse3.Operations):
 
     @translated
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return self._directory(inode).place.ino
+        directory = self._directory(inode)
+        await trio.to_thread.run_sync(self._tree.resolve, directory)
+        self._listings[self._next_listing] = tuple(self._tree.entries(directory).items())
+        self._next_listing += 1
+        return self._next_listing - 1
 
     @translated
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        listing = self._directory(fh).listing
+        listing = self._listings[fh]
         for place in range(start_id, len(listing)):
             name, node = listing[place]
             # `ls` alone must not walk the tables of a thousand snapshots; for `ls -l` the kernel asks again.
@@ -145,7 +156,7 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         node = self._file(inode)
         disk = node.open()
-        fh = self._handles.attach(disk if isinstance(disk, Disk) else None, node)
+        fh = self._handles.attach(disk if isinstance(disk, Disk | Mapped) else None, node)
         self._opened[fh] = node
         return FileInfo(fh=fh, direct_io=node.live, keep_cache=not node.live)
 
@@ -170,7 +181,8 @@ class Operations(pyfuse3.Operations):
         """Nothing is ever dirty."""
 
     async def releasedir(self, fh: int) -> None:
-        """Directories hold nothing open."""
+        """Forget the listing."""
+        self._listings.pop(fh, None)
 
     # Writing: the mount is read-only for the kernel too, but a remount could tell it otherwise.
 
@@ -201,7 +213,7 @@ class Operations(pyfuse3.Operations):
         return node
 
     async def _counted(self, node: Node) -> EntryAttributes:
-        if isinstance(node, DiskFile) and not node.counted:
+        if isinstance(node, DiskFile | VolumeFile) and not node.counted:
             await trio.to_thread.run_sync(node.count, limiter=self._counting)
         return _entry(node.attributes())
 

@@ -13,7 +13,7 @@ from qcowfs import limits
 from qcowfs.errors import QcowfsError, printable
 from qcowfs.inside import lvmgroup, lvmtext
 from qcowfs.inside.lvmgroup import Group, LogicalVolume
-from qcowfs.inside.lvmlabel import Label, Text, locate, read_label, read_text
+from qcowfs.inside.lvmlabel import Label, Text, locate, read_label, stored_text
 from qcowfs.inside.probes import Read, padded
 from qcowfs.inside.volume import Disk, Segment, Volume
 from qcowfs.inside.volumebytes import VolumeBytes
@@ -102,7 +102,7 @@ class _Texts:
         if self._room < 0:
             self._notes.append(f"{name}: its LVM metadata is too long and is not read")
             return
-        data = read_text(read, text)
+        data = stored_text(read, text)
         if data is None:
             self._notes.append(f"{name}: a copy of the LVM metadata has a wrong checksum and is not used")
             return

@@ -11,15 +11,29 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError
 from qcowfs.vfs.faults import FaultLog
 
-__all__ = ["Attributes", "Directory", "Disk", "DiskFile", "LiveFile", "Node", "Place", "RawFile", "Symlink"]
+__all__ = [
+    "Attributes",
+    "Directory",
+    "Disk",
+    "DiskFile",
+    "LiveFile",
+    "Node",
+    "Place",
+    "RawFile",
+    "Symlink",
+    "VolumeFile",
+]
 
+COUNT_SECONDS = 1.0  # of walking a volume for st_blocks
 BLOCK = 512  # the unit of st_blocks, whatever st_blksize says
 
 
@@ -56,6 +70,7 @@ class Place:
     Attributes:
         ino: the inode number, from `inodes`.
         name: the name in the parent directory, as the file system has it; b"/" for the root.
+        path: where it is, for messages; empty: `name` says it.
         owner: (uid, gid).
         date_ns: nanoseconds since the epoch: mtime, ctime and atime alike.
         xattrs: user.qcowfs.* names and values.
@@ -66,6 +81,7 @@ class Place:
     owner: tuple[int, int]
     date_ns: int
     xattrs: Mapping[bytes, bytes] = field(default_factory=dict)
+    path: bytes = b""
 
 
 class Node:
@@ -104,9 +120,9 @@ class Node:
 
 
 class Directory(Node):
-    """A directory; the tree fills `entries`, and nothing changes them afterwards."""
+    """A directory of the mount's own; who makes it fills `entries`, and nothing changes them afterwards."""
 
-    __slots__ = ("_listing", "entries", "parent")
+    __slots__ = ("entries", "parent")
 
     mode = stat.S_IFDIR | 0o555
 
@@ -114,18 +130,10 @@ class Directory(Node):
         super().__init__(place)
         self.parent = parent or self  # the root is its own parent
         self.entries: dict[bytes, Node] = {}
-        self._listing: tuple[tuple[bytes, Node], ...] | None = None
-
-    @property
-    def listing(self) -> tuple[tuple[bytes, Node], ...]:
-        """Names and nodes in the order in which they are listed; made once, because `ls` asks for it piece by piece."""
-        if self._listing is None:
-            self._listing = tuple(self.entries.items())
-        return self._listing
 
     def attributes(self) -> Attributes:
-        subdirectories = sum(isinstance(node, Directory) for node in self.entries.values())
-        return self._attributes(size=0, nlink=2 + subdirectories)
+        # 1 is "nobody counted": whether a point has a directory is found out when somebody asks.
+        return self._attributes(size=0, nlink=1)
 
 
 class Symlink(Node):
@@ -215,7 +223,7 @@ class RawFile(Node):
 
     def report(self, fault: QcowfsError) -> None:
         """Log that something of this file cannot be read."""
-        self._faults.report(os.fsdecode(self.place.name), fault)
+        self._faults.report(os.fsdecode(self.place.path or self.place.name), fault)
 
     def _open_disk(self) -> Disk:
         disk = self._disk
@@ -262,6 +270,42 @@ class DiskFile(RawFile):
         """Find out st_blocks. May read megabytes of tables: call it off the mount's thread, one call at a time."""
         if self._blocks is None:
             self._blocks = -(-self._count_allocated() // BLOCK)
+
+    def attributes(self) -> Attributes:
+        """Return what stat(2) shows; until `count` was called with st_blocks 0, and not lasting."""
+        return self._attributes(size=self._virtual_size, blocks=self._blocks or 0, lasting=self.counted)
+
+
+class VolumeFile(RawFile):
+    """The bytes of a volume inside a point: NAME/p1.raw. Its disk is there as long as the mount.
+
+    Args:
+        disk: its bytes.
+    """
+
+    __slots__ = ("_blocks", "_bytes")
+
+    def __init__(self, place: Place, disk: Mapped, faults: FaultLog) -> None:
+        super().__init__(place, lambda: disk, faults, virtual_size=disk.virtual_size)
+        self._bytes = disk
+        self._blocks: int | None = None
+
+    @property
+    def counted(self) -> bool:
+        """True once `attributes` knows st_blocks."""
+        return self._blocks is not None
+
+    def count(self) -> None:
+        """Find out st_blocks, as `DiskFile.count`: what lies between the holes, and what was not walked counts too."""
+        deadline = time.monotonic() + COUNT_SECONDS
+        end, stored = self._bytes.virtual_size, 0
+        place = self._bytes.seek(0, os.SEEK_DATA)
+        while place is not None and self._blocks is None:
+            late = time.monotonic() > deadline
+            hole = end if late else self._bytes.seek(place, os.SEEK_HOLE) or end
+            stored += hole - place
+            place = self._bytes.seek(hole, os.SEEK_DATA)
+        self._blocks = -(-stored // BLOCK)
 
     def attributes(self) -> Attributes:
         """Return what stat(2) shows; until `count` was called with st_blocks 0, and not lasting."""

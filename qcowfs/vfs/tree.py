@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from qcowfs import limits
 from qcowfs._cache import Cache
+from qcowfs._mapped import Mapped
 from qcowfs._source import FileSource
+from qcowfs.inside.contents import Contents
+from qcowfs.inside.opened import open_disks
 from qcowfs.sizes import Sizes
 from qcowfs.snapshot import LiveDisk, open_disk
 from qcowfs.vfs import names, xattrs
 from qcowfs.vfs.faults import FaultLog
+from qcowfs.vfs.folder import Folder
 from qcowfs.vfs.inodes import ROOT, Inodes
 from qcowfs.vfs.node import Directory, Disk, DiskFile, LiveFile, Node, Place, Symlink
 
@@ -35,6 +40,7 @@ class Disks(Protocol):
     def live(self, point: Point) -> Disk: ...
     def allocated(self, point: Point) -> int: ...
     def file_status(self, point: Point) -> os.stat_result: ...
+    def inside(self, point: Point) -> tuple[Contents, Sequence[Mapped | None]]: ...
 
 
 class ChainDisks:
@@ -60,6 +66,10 @@ class ChainDisks:
     def allocated(self, point: Point) -> int:
         """Return the bytes that `point` allocates; walks its tables."""
         return self._sizes.allocated(point)
+
+    def inside(self, point: Point) -> tuple[Contents, Sequence[Mapped | None]]:
+        """Return the volumes of a point that cannot change, and their bytes."""
+        return open_disks([open_disk(self._chain, point, self._cache)])
 
     def file_status(self, point: Point) -> os.stat_result:
         """Return the status of the file of `point`'s layer now, by its descriptor: the path may lie under the mount."""
@@ -92,6 +102,7 @@ class Tree:
         self._inodes = Inodes()
         self._faults = FaultLog()
         self._nodes: dict[int, Node] = {}
+        self._folders: dict[bytes, Folder] = {}  # in the root, by name
         # Names are given to all points, so that a point has the same name whether the others are shown or not.
         named = list(zip(names.assign(points), points, strict=True))
         shown = [(name, point) for name, point in named if point.frozen or live]
@@ -109,10 +120,30 @@ class Tree:
         return self._nodes[ino]
 
     def lookup(self, directory: Directory, name: bytes) -> Node | None:
-        """Return the node called `name` in `directory`, None if there is none. "." and ".." are names."""
+        """Return the node called `name` in `directory`, None if there is none. "." and ".." are names.
+
+        A directory of a point is found after its folder was resolved.
+        """
         if name == b".":
             return directory
-        return directory.parent if name == b".." else directory.entries.get(name)
+        return directory.parent if name == b".." else self.entries(directory).get(name)
+
+    def folder(self, directory: Directory, name: bytes) -> Folder | None:
+        """Return the folder called `name` in `directory`, None if nothing inside a point has that name."""
+        return self._folders.get(name) if directory is self.root else None
+
+    def resolve(self, directory: Directory) -> None:
+        """Find out which of the folders in `directory` are directories; reads disks: call it off the mount's thread."""
+        if directory is self.root:
+            for folder in self._folders.values():
+                folder.resolve()
+
+    def entries(self, directory: Directory) -> Mapping[bytes, Node]:
+        """Return what is in `directory`, of the folders those that were resolved."""
+        if directory is not self.root:
+            return directory.entries
+        found = ((name, folder.directory) for name, folder in self._folders.items())
+        return directory.entries | {name: node for name, node in found if node is not None}
 
     def xattrs(self, node: Node) -> Mapping[bytes, bytes]:
         """Return the extended attributes of `node`; the root's tell of the process that asks."""
@@ -129,9 +160,16 @@ class Tree:
         for name, point in shown:
             file_name = (name + names.SUFFIX).encode()
             self._add(self._file(file_name, point))
+            if point.frozen:
+                self._add_folder(name.encode(), point)
             if point is newest:
                 link = self._place((names.LATEST + names.SUFFIX).encode(), point.date_ns)
                 self._add(Symlink(link, file_name))
+
+    def _add_folder(self, name: bytes, point: Point) -> None:
+        place = self._place(name, point.date_ns)
+        look = partial(self._disks.inside, point)
+        self._folders[name] = Folder(place, self.root, look, self._place_inside, self._number, self._faults)
 
     def _file(self, name: bytes, point: Point) -> Node:
         disks = self._disks
@@ -148,8 +186,15 @@ class Tree:
         ino = self._inodes.number(b"/" + name)
         return Place(ino=ino, name=name, owner=self._owner, date_ns=date_ns, xattrs=attributes or {})
 
+    def _place_inside(self, folder: Place, name: bytes) -> Place:
+        path = folder.name + b"/" + name
+        return replace(folder, ino=self._inodes.number(b"/" + path), name=name, path=path)
+
     def _add(self, node: Node) -> None:
         self.root.entries[node.place.name] = node
+        self._number(node)
+
+    def _number(self, node: Node) -> None:
         self._nodes[node.place.ino] = node
 
 

@@ -27,6 +27,7 @@ ROWS = (
     ("_dataplane",),
     ("_ahead",),
     ("_handles",),
+    ("_mapped",),
     ("_core",),
     ("_resolve", "_clusters"),
     ("_tables", "_codec"),

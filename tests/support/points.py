@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from qcowfs._mapped import Mapped
 from qcowfs.errors import CorruptImage, ReadFault
+from qcowfs.inside.contents import Contents
 from qcowfs.snapshot import Point
 
 SECOND = 1_000_000_000
@@ -99,6 +101,9 @@ class FakeDisks:
     def allocated(self, point: Point) -> int:
         self.counted += 1
         return point.virtual_size // 2
+
+    def inside(self, point: Point) -> tuple[Contents, list[Mapped | None]]:
+        return Contents([], []), []
 
     def file_status(self, point: Point) -> os.stat_result:
         return os.stat_result((0o100644, 1, 1, 1, 0, 0, 8192, 0, 0, 0), {"st_mtime_ns": 7, "st_blocks": 16})

@@ -1,0 +1,92 @@
+"""NAME/: the volumes of a point, found out when somebody asks for them.
+
+Used by vfs/tree.py, which makes one for each frozen point, and by fuse.py, which resolves them off the mount's thread.
+A point in which there are no volumes has no directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from qcowfs._mapped import Mapped
+from qcowfs.errors import QcowfsError
+from qcowfs.inside.contents import Contents, Item
+from qcowfs.vfs.faults import FaultLog
+from qcowfs.vfs.names import SUFFIX
+from qcowfs.vfs.node import Directory, Node, Place, VolumeFile
+
+__all__ = ["Folder"]
+
+logger = logging.getLogger("qcowfs.mount")
+
+
+class Folder:
+    """The directory of a point before anybody knows whether there is one.
+
+    Args:
+        place: of the directory.
+        parent: where it is.
+        look: returns what is inside the point, and the volumes' bytes, None where they cannot be read; may raise
+            QcowfsError.
+        place_of: returns the place of a file in the directory, by its name.
+        add: enters a node into the mount's inode numbers.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        parent: Directory,
+        look: Callable[[], tuple[Contents, Sequence[Mapped | None]]],
+        place_of: Callable[[Place, bytes], Place],
+        add: Callable[[Node], None],
+        faults: FaultLog,
+    ) -> None:
+        self.place = place
+        self._parent = parent
+        self._look = look
+        self._place_of = place_of
+        self._add = add
+        self._faults = faults
+        self._lock = threading.Lock()
+        self._looked = False
+        self._directory: Directory | None = None
+
+    @property
+    def directory(self) -> Directory | None:
+        """The directory; None if there is none, or nobody has resolved this yet."""
+        return self._directory
+
+    def resolve(self) -> Directory | None:
+        """Return the directory, None if there is none. The first call reads the disk, a few hundred KiB at most."""
+        with self._lock:
+            if not self._looked:
+                try:
+                    self._directory = self._made(*self._look())
+                except QcowfsError as fault:
+                    self._faults.report(os.fsdecode(self.place.name), fault)
+                self._looked = True
+            return self._directory
+
+    def _made(self, contents: Contents, disks: Sequence[Mapped | None]) -> Directory | None:
+        for note in contents.notes:
+            logger.warning("%s: %s", os.fsdecode(self.place.name), note)
+        directory = Directory(self.place, self._parent)
+        for item, disk in zip(contents.items, disks, strict=True):
+            if item.volume.name:  # a whole disk is NAME.raw already
+                self._add_file(directory, item, disk)
+        if not directory.entries:
+            return None
+        self._add(directory)
+        return directory
+
+    def _add_file(self, directory: Directory, item: Item, disk: Mapped | None) -> None:
+        name = item.volume.name + SUFFIX.encode()
+        if disk is None:
+            logger.warning("%s/%s: %s", os.fsdecode(self.place.name), os.fsdecode(name), item.volume.trouble)
+            return
+        node = VolumeFile(self._place_of(self.place, name), disk, self._faults)
+        directory.entries[name] = node
+        self._add(node)
