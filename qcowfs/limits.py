@@ -44,3 +44,6 @@ DEFAULT_CACHE_SIZE = 32 << 20  # L1/L2 slices and decompressed clusters of one m
 TABLE_SLICE_SIZE = 1024  # tables are read and cached in such slices: of 20,000 L2 tables all fit that are in use
 MAX_COUNTED_TABLES = 64 << 20  # bytes of L2 tables that one mount walks to answer st_blocks exactly; then an estimate
 MAX_LISTED_TABLES = 1 << 30  # the same for `list` and `info`, which a person waits for
+
+MAX_EXT_DIRECTORY = 1 << 20  # names of one ext directory that are held at once
+MAX_EXT_RUNS = 1 << 20  # extents of one ext file: 4 TiB in pieces of 4 MiB, or a damaged tree that repeats itself
