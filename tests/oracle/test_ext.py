@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qcowfs.inside.reader import INLINE
-from qcowfs.inside.record import INODE, Inode
+from qcowfs.inside.record import ENTRY, EXTENT, INODE, UNMAPPED, Inode
 from tests.support import need
 
 ext = pytest.importorskip("qcowfs.inside.ext")
@@ -68,6 +68,18 @@ def content(reader, device: File, ino: int, size: int) -> bytes:
     return bytes(data)
 
 
+def names_of(reader, ino: int):
+    cookie = 0
+    while page := reader.entries(ino, cookie, 4096):
+        at = 0
+        while at < len(page):
+            cookie, length, extents, size = ENTRY.unpack_from(page, at)
+            inode = at + ENTRY.size
+            name = inode + INODE.size + (0 if extents == UNMAPPED else extents * EXTENT.size)
+            yield page[name : name + length], page[inode : inode + INODE.size]
+            at += size
+
+
 def compare(reader, device: File, path: Path, ino: int) -> int:
     told, real = Inode(*INODE.unpack(reader.stat(ino))), path.lstat()
     assert (real.st_mode, real.st_nlink, real.st_uid, real.st_gid, real.st_rdev) == told[9:10] + told[10:14]
@@ -80,6 +92,9 @@ def compare(reader, device: File, path: Path, ino: int) -> int:
     elif path.is_file():
         assert path.read_bytes() == content(reader, device, ino, told.size)
     elif path.is_dir():
+        listed = dict(names_of(reader, ino))
+        assert {os.fsencode(p.name) for p in path.iterdir()} == listed.keys()
+        assert all(reader.stat(reader.lookup(ino, name)) == inode for name, inode in listed.items())
         return 1 + sum(compare(reader, device, p, reader.lookup(ino, os.fsencode(p.name))) for p in path.iterdir())
     return 1
 
