@@ -162,6 +162,6 @@ def _volume(name: bytes, logical: LogicalVolume, group: Group, here: dict[str, _
         kind="lv",
         segments=() if trouble else tuple(segments),
         size=logical.size,
-        uuid=logical.uuid if logical.uuid.replace("-", "").isalnum() else "",
+        uuid=logical.uuid if lvmgroup.is_name(logical.uuid) else "",
         trouble=trouble,
     )

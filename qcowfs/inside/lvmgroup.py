@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qcowfs import limits
 from qcowfs.inside.lvmtext import BadText, Section
 
-__all__ = ["Group", "LogicalVolume", "PhysicalVolume", "Run", "group"]
+__all__ = ["Group", "LogicalVolume", "PhysicalVolume", "Run", "group", "is_name"]
 
 SECTOR = 512
 NAME = re.compile(rf"[A-Za-z0-9_.+][A-Za-z0-9_.+-]{{0,{limits.MAX_LVM_NAME - 1}}}")
