@@ -79,7 +79,8 @@ def _is_physical_volume(item: Item) -> bool:
 
 def _logical_volumes(disks: Sequence[Disk], items: Sequence[Item], notes: list[str]) -> list[Item]:
     """Return the logical volumes of which a piece is on disk 0, whose items are `items`."""
-    others = [item for number in range(1, len(disks)) for item in _survey(disks, number, notes)]
+    beside: list[str] = []
+    others = [item for number in range(1, len(disks)) for item in _survey(disks, number, beside)]
     found = lvm.find([item.volume for item in (*items, *others) if _is_physical_volume(item)], disks)
-    notes += found.notes
+    notes += [*found.notes, *(f"another disk: {note}" for note in beside)]
     return [_item(volume, disks, notes) for volume, on in found.volumes if 0 in on]

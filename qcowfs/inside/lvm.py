@@ -13,7 +13,7 @@ from qcowfs import limits
 from qcowfs.errors import QcowfsError, printable
 from qcowfs.inside import lvmgroup, lvmtext
 from qcowfs.inside.lvmgroup import Group, LogicalVolume
-from qcowfs.inside.lvmlabel import Label, Text, locate, read_label, stored_text
+from qcowfs.inside.lvmlabel import Label, Text, locate, read_label, read_metadata
 from qcowfs.inside.probes import Read, padded
 from qcowfs.inside.volume import Disk, Segment, Volume
 from qcowfs.inside.volumebytes import VolumeBytes
@@ -102,7 +102,7 @@ class _Texts:
         if self._room < 0:
             self._notes.append(f"{name}: its LVM metadata is too long and is not read")
             return
-        data = stored_text(read, text)
+        data = read_metadata(read, text)
         if data is None:
             self._notes.append(f"{name}: a copy of the LVM metadata has a wrong checksum and is not used")
             return
@@ -130,6 +130,9 @@ def _add(found: Found, group: Group, members: dict[str, _Member]) -> None:
             why = "too long" if len(name) > limits.MAX_LVM_NAME else "that of another one"
             found.notes.append(f"the logical volume {name.decode()} is not shown: its name is {why}")
             continue
+        if len(found.volumes) >= limits.MAX_LVM_VOLUMES:
+            found.notes.append(f"only the first {limits.MAX_LVM_VOLUMES} logical volumes are shown")
+            return
         pieces = [here[key] for key in logical.physical if key in here] or list(here.values())
         on = frozenset(member.disk for member in pieces)
         found.volumes.append((_volume(name, logical, group, here), on))
@@ -159,6 +162,6 @@ def _volume(name: bytes, logical: LogicalVolume, group: Group, here: dict[str, _
         kind="lv",
         segments=() if trouble else tuple(segments),
         size=logical.size,
-        uuid=logical.uuid if logical.uuid.replace("-", "").isalnum() else "",
+        uuid=logical.uuid if lvmgroup.is_name(logical.uuid) else "",
         trouble=trouble,
     )

@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from qcowfs import limits
 from qcowfs.inside.lvmtext import BadText, Section
 
-__all__ = ["Group", "LogicalVolume", "PhysicalVolume", "Run", "group"]
+__all__ = ["Group", "LogicalVolume", "PhysicalVolume", "Run", "group", "is_name"]
 
 SECTOR = 512
 NAME = re.compile(rf"[A-Za-z0-9_.+][A-Za-z0-9_.+-]{{0,{limits.MAX_LVM_NAME - 1}}}")
@@ -84,7 +83,7 @@ def group(text: Section) -> Group:
         key: PhysicalVolume(string(one, "id"), number(one, "pe_start") * SECTOR, number(one, "pe_count"))
         for key, one in sections(section, "physical_volumes")
     }
-    volumes = dict(islice(sections(section, "logical_volumes"), limits.MAX_LVM_VOLUMES))
+    volumes = dict(sections(section, "logical_volumes"))
     stores = _stores(volumes)
     logical = [
         _logical(name, one, extent_size, physical, stores.get(name, ""))

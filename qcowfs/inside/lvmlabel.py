@@ -14,7 +14,7 @@ from typing import NamedTuple
 from qcowfs import limits
 from qcowfs.inside.probes import Read
 
-__all__ = ["Area", "Label", "Text", "checksum", "dashed", "locate", "read_label", "stored_text"]
+__all__ = ["Area", "Label", "Text", "checksum", "dashed", "locate", "read_label", "read_metadata"]
 
 SECTOR = 512
 LABEL_SECTORS = 4  # it is in one of the first
@@ -124,7 +124,7 @@ def locate(read: Read, area: Area) -> Text | None:
     return Text(Area(area.offset, size), offset, length, text_crc)
 
 
-def stored_text(read: Read, text: Text) -> bytes | None:
+def read_metadata(read: Read, text: Text) -> bytes | None:
     """Return the metadata; None if its checksum is wrong.
 
     Raises:

@@ -34,7 +34,7 @@ class PartitionList:
         """Add a partition of `length` bytes > 0 at `start`; what is past the disk's end is cut off, as Linux does."""
         name = f"p{number}"
         if number > limits.MAX_PARTITIONS:
-            self.note(f"partitions from {name} on are not shown")
+            self.note(f"partitions from p{limits.MAX_PARTITIONS + 1} on are not shown")
             return
         if start >= self._size:
             self.note(f"{name} lies past the end of the disk and is not shown")

@@ -155,6 +155,21 @@ def test_the_backup_is_used_where_the_first_table_is_damaged(image: Path, damage
     assert ["the GPT at the disk's start is damaged; its backup at 0x3fffe00 is used"] == found.notes
 
 
+def test_the_backup_of_a_disk_with_sectors_of_4096_bytes(image: Path) -> None:
+    with attached(image, "--sector-size", "4096") as device:
+        run("sfdisk", "--quiet", device, text="label: gpt\nsize=100\nsize=200\n")
+    expected = ours(image)
+    with open(image, "r+b") as file:
+        file.seek(4096)
+        file.write(bytes(4096))
+
+    found = find(FileDisk(image))
+
+    assert [100 << 12, 200 << 12] == [volume.size for volume in found.volumes]
+    assert expected == [shown(volume) for volume in found.volumes]
+    assert ["the GPT at the disk's start is damaged; its backup at 0x3fff000 is used"] == found.notes
+
+
 def test_a_gpt_of_which_nothing_is_left(image: Path) -> None:
     run(*SFDISK, image, text="label: gpt\nsize=1000\n")
     with open(image, "r+b") as file:

@@ -22,6 +22,7 @@ FAT32_MASK = 0x0FFFFFFF  # exFAT's entries have 32 bits, but a cluster of a root
 DIRECTORY_ENTRY = 32  # bytes, of FAT and of exFAT
 VOLUME_ID, DIRECTORY, LONG_NAME = 0x08, 0x10, 0x0F  # attributes
 DELETED = 0xE5
+HAVE_SERIAL = (0x28, 0x29)  # the extended boot signature of FAT12 and FAT16
 DIRTY = 1  # what Linux and Windows set in the boot sector while it is mounted
 EXFAT_LABEL = 0x83
 EXFAT_DIRTY = 2
@@ -95,14 +96,13 @@ def vfat(read: Read, size: int) -> Filesystem | None:
     fat = _fat(sector)
     if fat is None:
         return None
-    serial = sector[0x43:0x47] if fat.is_fat32 else sector[0x27:0x2B]
-    state = sector[0x41 if fat.is_fat32 else 0x25]
+    extended = sector[0x40:] if fat.is_fat32 else sector[0x24:]  # from the drive number on
     return Filesystem(
         kind="vfat",
         label=_label(lambda: _fat_label(read, fat)),
-        uuid=_serial(serial),
+        uuid=_serial(extended[3:7]) if fat.is_fat32 or extended[2] in HAVE_SERIAL else "",
         size=fat.sectors * fat.sector_size,
-        clean=not state & DIRTY,
+        clean=not extended[1] & DIRTY,
     )
 
 
@@ -192,7 +192,9 @@ def ntfs(read: Read, size: int) -> Filesystem | None:
     sector = read(0, 512)
     sector_size, per_cluster = struct.unpack_from("<HB", sector, 11)
     sectors, mft, _, per_record, serial = struct.unpack_from("<QQQbxxx4xQ", sector, 40)
-    if sector[3:11] != b"NTFS    " or not _is_power_of_2(sector_size) or not 256 <= sector_size <= 4096:
+    if sector[3:11] != b"NTFS    " or any(sector[14:21]) or any(sector[22:24]) or any(sector[32:36]):  # FAT's fields
+        return None
+    if not _is_power_of_2(sector_size) or not 256 <= sector_size <= 4096:
         return None
     cluster_size = sector_size * (per_cluster if per_cluster <= 0x80 else 1 << min(256 - per_cluster, 31))
     record_size = 1 << -per_record if per_record < 0 else per_record * cluster_size
