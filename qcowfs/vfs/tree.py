@@ -6,7 +6,9 @@ the nodes do. The mount's thread only.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from qcowfs.snapshot import Point
 
 __all__ = ["ChainDisks", "Disks", "Tree", "latest"]
+
+LOOK_SECONDS = 10.0  # that a listing spends on finding out which points have a directory
+
+logger = logging.getLogger("qcowfs.mount")
 
 
 class Disks(Protocol):
@@ -133,10 +139,16 @@ class Tree:
         return self._folders.get(name) if directory is self.root else None
 
     def resolve(self, directory: Directory) -> None:
-        """Find out which of the folders in `directory` are directories; reads disks: call it off the mount's thread."""
-        if directory is self.root:
-            for folder in self._folders.values():
-                folder.resolve()
+        """Find out which of the folders in `directory` are directories; reads disks: call it off the mount's thread.
+
+        A thousand honest points take less than a second; hostile ones may take two each, and are not waited for.
+        """
+        deadline = time.monotonic() + LOOK_SECONDS
+        for folder in self._folders.values() if directory is self.root else ():
+            if time.monotonic() > deadline:
+                logger.warning("looking into the points takes too long: some directories are not listed, but are there")
+                break
+            folder.resolve()
 
     def entries(self, directory: Directory) -> Mapping[bytes, Node]:
         """Return what is in `directory`, of the folders those that were resolved."""

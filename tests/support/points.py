@@ -79,6 +79,7 @@ class FakeDisks:
         size_now: virtual size of live points.
         made: how many disks were made.
         counted: how often somebody asked what a point allocates.
+        looked: how often somebody asked what is inside a point.
     """
 
     broken: dict[bytes, int] = field(default_factory=dict)
@@ -86,6 +87,7 @@ class FakeDisks:
     size_now: int = 4096
     made: int = 0
     counted: int = 0
+    looked: int = 0
 
     def frozen(self, point: Point, identity: int) -> FakeDisk:
         self.made += 1
@@ -103,6 +105,7 @@ class FakeDisks:
         return point.virtual_size // 2
 
     def inside(self, point: Point) -> tuple[Contents, list[Mapped | None]]:
+        self.looked += 1
         return Contents([], []), []
 
     def file_status(self, point: Point) -> os.stat_result:

@@ -307,3 +307,37 @@ class TestExtendedAttributes:
             b"1970-01-01T00:00:00.000000000Z",
             b"2106-02-07T06:28:15.000000000Z",
         )
+
+
+def test_a_listing_looks_into_each_point_once() -> None:
+    disks = FakeDisks()
+    tree = grown([active(), snapshot(b"s")], disks)
+
+    tree.resolve(tree.root)
+    tree.resolve(tree.root)
+
+    assert disks.looked == 2
+
+
+def test_a_point_that_may_change_is_not_looked_into() -> None:
+    disks = FakeDisks()
+    tree = grown([active(frozen=False), snapshot(b"s")], disks, live=True)
+
+    tree.resolve(tree.root)
+
+    assert disks.looked == 1
+    assert tree.folder(tree.root, b"current") is None
+
+
+@pytest.mark.expect_warnings
+def test_a_listing_does_not_wait_for_hostile_points(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trees, "LOOK_SECONDS", -1.0)
+    disks = FakeDisks()
+    tree = grown([active(), snapshot(b"s")], disks)
+
+    tree.resolve(tree.root)
+
+    assert disks.looked == 0
+    assert "some directories are not listed" in caplog.text
