@@ -1,8 +1,8 @@
 """The mount as pyfuse3 sees it: an adapter, and the only module that knows FUSE's types. No decision is made here.
 
-Used by mount.py. The trio thread only, but for the count of st_blocks, which goes to a worker thread. READ comes here
-only with --no-data-plane, and is synchronous: a warm read takes a few microseconds, and a trip to a thread and back
-takes ten times as long.
+Used by mount.py. The trio thread only, but for counting st_blocks and looking into points, in worker threads. READ
+comes here only with --no-data-plane, and is synchronous: a warm read takes a few microseconds, and a trip to a thread
+and back takes ten times as long.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ __all__ = ["Operations"]
 FOREVER = 365 * 86400.0  # seconds; what does not change needs no second look, and umount forgets it
 BLOCK_SIZE = 4096  # of statfs, and the preferred size of a read
 NAME_MAX = 255
+LISTING_SECONDS = 1.0  # that opening the root waits for what is inside the points; a thousand take less
+MAX_LOOKS = 16  # names of points' directories that are looked into at once, all but a few waiting for their source
 
 logger = logging.getLogger("qcowfs.fuse")
 
@@ -78,6 +80,8 @@ class Operations(pyfuse3.Operations):
         self._opened: dict[int, RawFile] = {}  # by the handle's number
         self._listings: dict[int, tuple[tuple[bytes, Node], ...]] = {}  # of open directories, as they were opened
         self._next_listing = 1
+        self._looking = trio.CapacityLimiter(MAX_LOOKS)
+        self._listing = trio.CapacityLimiter(1)
         self._counting = trio.CapacityLimiter(1)  # `DiskFile.count` is for one thread at a time
 
     # Names and attributes
@@ -87,7 +91,7 @@ class Operations(pyfuse3.Operations):
         directory = self._directory(parent_inode)
         folder = self._tree.folder(directory, name)
         if folder is not None:
-            await trio.to_thread.run_sync(folder.resolve)
+            await trio.to_thread.run_sync(folder.resolve, abandon_on_cancel=True, limiter=self._looking)
         node = self._tree.lookup(directory, name)
         # Opening and reading must not wait for a walk of tables; who wants st_blocks asks for attributes.
         return _absent() if node is None else _entry(node.listed())
@@ -134,7 +138,7 @@ class Operations(pyfuse3.Operations):
     @translated
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         directory = self._directory(inode)
-        await trio.to_thread.run_sync(self._tree.resolve, directory)
+        await self._resolved(directory)
         self._listings[self._next_listing] = tuple(self._tree.entries(directory).items())
         self._next_listing += 1
         return self._next_listing - 1
@@ -211,6 +215,14 @@ class Operations(pyfuse3.Operations):
         if not isinstance(node, RawFile):
             raise FUSEError(errno.EISDIR if isinstance(node, Directory) else errno.EINVAL)
         return node
+
+    async def _resolved(self, directory: Directory) -> None:
+        """Find out what else is in `directory`; a source that does not answer must not keep anybody from listing it."""
+        with trio.move_on_after(LISTING_SECONDS) as scope:
+            resolve = self._tree.resolve
+            await trio.to_thread.run_sync(resolve, directory, abandon_on_cancel=True, limiter=self._listing)
+        if scope.cancelled_caught:
+            logger.debug("what is inside the points is not known yet: a listing lacks their directories")
 
     async def _counted(self, node: Node) -> EntryAttributes:
         if isinstance(node, DiskFile | VolumeFile) and not node.counted:
