@@ -72,3 +72,11 @@ INSIDE_ERROR = 300  # bytes of an error's text, which may hold names of the volu
 INSIDE_EXTENTS = 65536  # extents of one answer
 MAX_EXT_DIRECTORY = 1 << 20  # names of one ext directory that are held at once
 MAX_EXT_RUNS = 1 << 20  # extents of one ext file: 4 TiB in pieces of 4 MiB, or a damaged tree that repeats itself
+
+MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
+MAX_JOURNAL_RUNS = 1 << 15  # contiguous pieces of a journal: mke2fs makes a handful, and each costs 170 bytes here
+MAX_JOURNAL_MAP_DEPTH = 5  # EXT4_MAX_EXTENT_DEPTH: levels of an extent tree
+MAX_JOURNAL_RECORDS = 1 << 20  # descriptors, commits and revokes of one log; walking them takes two seconds
+MAX_JOURNAL_TAGS = 1 << 19  # block images of one log: 2 GiB of 4 KiB blocks; sorting them takes 24 MB of a worker's 64
+MAX_JOURNAL_REVOKES = 1 << 22  # revoked blocks of one log, with repetitions: they cost a second to look through
+MAX_FAST_COMMIT_TAGS = 1 << 16  # mke2fs reserves 256 blocks for them, 1 MiB; a tag takes 8 bytes or more

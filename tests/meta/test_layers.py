@@ -34,7 +34,7 @@ ROWS = (
     ("_cache",),
     ("_source", "_threads"),
     ("_answer", "_sandbox"),
-    ("_records",),
+    ("_records", "_crc32c"),
     ("clib",),
     ("errors", "limits", "__init__"),
 )
