@@ -32,7 +32,6 @@ class Super(NamedTuple):
     """What the superblock says.
 
     Attributes:
-        journal_backup: 60 bytes of the journal inode's i_block and its size, or None.
         raw: all 1024 bytes.
     """
 
@@ -45,7 +44,6 @@ class Super(NamedTuple):
     metadata_csum: bool
     journal_inode: int
     journal_elsewhere: bool
-    journal_backup: tuple[bytes, int] | None
     raw: bytes
 
 
@@ -91,16 +89,8 @@ def read_super(device: Device) -> Super | None:
         metadata_csum=bool(ro_compat & RO_COMPAT_METADATA_CSUM),
         journal_inode=journal_inode,
         journal_elsewhere=bool(journal_device),
-        journal_backup=_backup(raw),
         raw=raw,
     )
-
-
-def _backup(raw: bytes) -> tuple[bytes, int] | None:
-    if raw[0xFD] != 1:  # s_jnl_backup_type: EXT3_JNL_BACKUP_BLOCKS
-        return None
-    high, low = struct.unpack_from("<II", raw, 0x10C + 60)
-    return raw[0x10C : 0x10C + 60], high << 32 | low
 
 
 def read_inode(device: Device, superblock: Super, number: int) -> Inode:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from qcowfs.inside import fastcommit
 from qcowfs.inside.extsuper import SUPER_OFFSET, SUPER_SIZE, Super, read_inode, read_super, without_recover
 from qcowfs.inside.journal import COMMIT, DESCRIPTOR, HEADER, MAGIC, REVOKE, Log, crc32_be
-from qcowfs.inside.journalmap import EXTENTS_FLAG, JournalMap
+from qcowfs.inside.journalmap import JournalMap
 from qcowfs.inside.overlay import Overlay
 from qcowfs.inside.reader import Device, Unreadable
 from qcowfs.limits import MAX_JOURNAL_RECORDS, MAX_JOURNAL_REVOKES, MAX_JOURNAL_TAGS
@@ -82,13 +82,10 @@ def _journal_map(device: Device, superblock: Super) -> JournalMap:
     if superblock.journal_elsewhere:
         raise Unreadable("jbd2: the volume names two journals")
     inode = read_inode(device, superblock, superblock.journal_inode)
-    block, size, flags = inode.block, inode.size, inode.flags
     if not inode.links or not stat.S_ISREG(inode.mode):
-        if superblock.journal_backup is None:
-            raise Unreadable("jbd2: the journal's inode is broken")
-        block, size = superblock.journal_backup
-        flags = EXTENTS_FLAG if block[:2] == b"\x0a\xf3" else 0
-    return JournalMap(device, superblock.block_size, flags, block, size)
+        # The superblock has a copy of its map, which neither the kernel nor (for extents) e2fsck makes use of.
+        raise Unreadable("jbd2: the journal's inode is broken")
+    return JournalMap(device, superblock.block_size, inode.flags, inode.block, inode.size)
 
 
 class _Walk:

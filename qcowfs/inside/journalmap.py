@@ -12,7 +12,7 @@ from bisect import bisect_right
 from qcowfs.inside.reader import Device, Unreadable
 from qcowfs.limits import MAX_JOURNAL_BLOCKS, MAX_JOURNAL_MAP_DEPTH, MAX_JOURNAL_RUNS
 
-__all__ = ["EXTENTS_FLAG", "JournalMap"]
+__all__ = ["JournalMap"]
 
 EXTENTS_FLAG = 0x80000
 EXTENT_MAGIC = 0xF30A

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qcowfs.inside.extsuper import read_super
 from qcowfs.inside.jbd2 import recover
 from qcowfs.inside.reader import Unreadable
 from tests.support import lacking, need
@@ -268,6 +269,28 @@ def test_a_superblock_is_judged_as_the_kernel_judges_it(empty: Path, tmp_path: P
     two_transactions(journal)
 
     check(empty, tmp_path, journal)
+
+
+@pytest.mark.parametrize(("place", "content"), (("mode", b"\0\0"), ("mode", b"\xff\x41"), ("links", b"\0\0")))
+def test_a_lost_inode_is_judged_as_the_kernel_judges_it(
+    empty: Path, tmp_path: Path, place: str, content: bytes
+) -> None:
+    """The superblock has a copy of the journal's map, but the kernel does not use it."""
+    image = tmp_path / "forged.img"
+    shutil.copy(empty, image)
+    journal = Journal()
+    two_transactions(journal)
+    journal.write(image)
+    device = FileDevice(image)
+    superblock = read_super(device)
+    assert superblock is not None
+    table = int.from_bytes(device.read(2 * BLOCK + 8, 4), "little")
+    with image.open("r+b") as file:
+        file.seek(table * BLOCK + 7 * superblock.inode_size + {"mode": 0, "links": 26}[place])
+        file.write(content)
+
+    assert our_answer(image) is None
+    assert kernels_answer(image) is None
 
 
 def test_the_kernel_both_mounts_and_refuses(empty: Path, tmp_path: Path) -> None:

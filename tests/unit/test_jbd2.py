@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from qcowfs.inside.extsuper import read_inode, read_super, without_recover
+from qcowfs.inside.extsuper import read_super, without_recover
 from qcowfs.inside.jbd2 import recover
 from qcowfs.inside.reader import Unreadable
 from tests.support import need
@@ -82,24 +81,6 @@ def test_a_journal_elsewhere_is_not_replayed(image: Path) -> None:
 
     with pytest.raises(Unreadable, match=r"on another device, and not replayed.*-o norecovery"):
         recover(FileDevice(image))
-
-
-def test_the_superblock_knows_a_lost_journal(image: Path) -> None:
-    """The inode of the journal is wiped: the superblock's copy of its map leads to it, as it leads e2fsck."""
-    device = FileDevice(image)
-    superblock = read_super(device)
-    assert superblock is not None
-    table = struct.unpack("<I", device.read(2 * BLOCK + 8, 4))[0]
-    change(image, table * BLOCK + 7 * superblock.inode_size, bytes(128))
-    assert 0 == read_inode(device, superblock, 8).links
-    recovery = recover(device)
-    judged = image.with_suffix(".e2fsck")
-    shutil.copy(image, judged)
-    subprocess.run(["e2fsck", "-fy", str(judged)], capture_output=True)
-
-    assert recovery is not None
-    assert b"\1" * BLOCK == recovery.overlay.read(target(0) * BLOCK, BLOCK)
-    assert b"\1" * BLOCK == FileDevice(judged).read(target(0) * BLOCK, BLOCK)
 
 
 @pytest.mark.parametrize("number", (0, 1 << 31, 0xFFFFFFFF))
