@@ -19,6 +19,7 @@ from qcowfs.inside.journal import Log
 from qcowfs.inside.journalmap import JournalMap
 from tests.support import lacking, need
 from tests.support.crash import FileDevice, Kind, crash, mounted
+from tests.support.readertree import describe_reader
 from tests.support.trees import describe
 
 need("mkfs.ext4", "mount", "losetup", "e2fsck")
@@ -111,4 +112,17 @@ def test_the_tree_is_as_the_kernel_recovers_it(image: Path, tmp_path: Path) -> N
 
     assert summary.startswith("jbd2: ")
     assert len(expected) > 30
+    assert expected == found
+
+
+def test_the_reader_sees_the_tree_as_the_kernel_recovers_it(image: Path, tmp_path: Path) -> None:
+    ext = pytest.importorskip("qcowfs.inside.ext")
+    recovery = recover(FileDevice(image))
+    assert recovery is not None
+    found = describe_reader(ext.open_reader(recovery.overlay, recover=True), recovery.overlay)
+    judged = tmp_path / "judged"
+    shutil.copy(image, judged)
+    with mounted(judged, "ro,noatime") as point:
+        expected = describe(point)
+
     assert expected == found
