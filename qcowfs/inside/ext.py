@@ -10,9 +10,10 @@ import os
 import stat
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qcowfs._ext2 import Filesystem
+from qcowfs.inside import jbd2
 from qcowfs.inside.reader import INLINE, Device, Extents, Reader, Unreadable
 from qcowfs.inside.record import NO_XATTRS, Extent, Inode, fill, pack_entry
 
@@ -28,14 +29,14 @@ FEW_EXTENTS = 4
 
 
 def open_reader(device: Device, *, recover: bool) -> Reader:
-    """Return the reader of the file system on `device`, which already shows what a journal recovers.
+    """Return the reader of the file system on `device`.
 
     Raises:
-        Unreadable: it is no ext file system, too damaged, or has a feature that is not known here.
+        Unreadable: it is no ext file system, too damaged, or has a feature that is not known here; or its journal is
+            to be recovered and cannot be.
     """
-    del recover  # the journal's overlay is a Device, and wraps this one
     try:
-        return ExtReader(device)
+        return ExtReader(device, jbd2.recover(device) if recover else None)
     except OSError as error:
         raise Unreadable(f"ext: {error.strerror}") from error
 
@@ -45,14 +46,16 @@ class ExtReader:
 
     root = ROOT
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._fs = Filesystem(device)
+    def __init__(self, device: Device, recovery: jbd2.Recovery | None = None) -> None:
+        self._recovery = recovery
+        self._device = recovery.overlay if recovery else device
+        self._fs = Filesystem(self._device)
         self._names: OrderedDict[int, dict[bytes, int]] = OrderedDict()
         self._mapped: tuple[int, list[Extent]] = (0, [])
 
     def facts(self) -> Mapping[str, str]:
-        return {"state": "clean" if self._fs.clean else "not clean"}
+        state = {"state": "clean" if self._fs.clean else "not clean"}
+        return state | ({"recovery": self._recovery.summary} if self._recovery else {})
 
     def stat(self, ino: int) -> bytes:
         return self._told(ino, self._inode(ino)).pack()
@@ -93,10 +96,15 @@ class ExtReader:
             data = self._fs.inline(ino)[:size]
             return Extents([Extent(0, len(data), INLINE)] if offset < len(data) else [], size, data)
         rest = [extent for extent in self._map(ino, raw, size) if extent.start + extent.length > offset]
-        return Extents(rest[:limit], rest[limit].start if len(rest) > limit else size)
+        return self._stored(rest, limit, size)
 
     def read(self, ino: int, offset: int, length: int) -> bytes:
         raise OSError(errno.EINVAL, "every file of ext has extents")
+
+    def _stored(self, extents: list[Extent], limit: int, size: int) -> Extents:
+        if self._recovery:
+            return self._recovery.overlay.extents(extents, limit, size)
+        return Extents(extents[:limit], extents[limit].start if len(extents) > limit else size)
 
     def _inode(self, ino: int) -> bytes:
         raw = self._fs.inode(ino)
@@ -136,13 +144,13 @@ class ExtReader:
         return held
 
     def _entry(self, name: bytes, ino: int, cookie: int) -> bytes:
-        extents = None
+        extents: Sequence[Extent] | None = None
         try:
             raw = self._inode(ino)
             told = self._told(ino, raw)
             if stat.S_ISREG(told.mode) and not _flags(raw) & (ENCRYPTED | INLINE_DATA):
-                found = self._map(ino, raw, told.size)
-                extents = found if len(found) <= FEW_EXTENTS else None
+                found = self._stored(self._map(ino, raw, told.size), FEW_EXTENTS, told.size)
+                extents = found.extents if found.end == told.size and not found.inline else None
         except OSError as error:
             extents = None
             if error.errno == errno.ENOENT or "told" not in locals():
@@ -166,12 +174,14 @@ class ExtReader:
         return found
 
     def _bytes(self, ino: int, length: int) -> bytes:
-        found = self.extents(ino, 0, 1)
-        if found is None or not found.extents or found.extents[0].start:
+        raw = self._inode(ino)
+        self._refuse_encrypted(raw)
+        if _flags(raw) & INLINE_DATA:
+            return self._fs.inline(ino)[:length]
+        found = self._map(ino, raw, length)
+        if not found or found[0].start:
             raise OSError(errno.EIO, f"inode {ino}: a symbolic link without a target")
-        if found.inline:
-            return found.inline[:length]
-        return self._device.read(found.extents[0].offset, min(length, found.extents[0].length))
+        return self._device.read(found[0].offset, min(length, found[0].length))
 
     def _is_fast(self, raw: bytes, told: Inode) -> bool:
         if _flags(raw) & EA_INODE:

@@ -11,7 +11,8 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 
-from qcowfs.inside.reader import Device
+from qcowfs.inside.reader import INLINE, Device, Extents
+from qcowfs.inside.record import Extent
 
 __all__ = ["Overlay"]
 
@@ -68,6 +69,29 @@ class Overlay:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise OSError(errno.EIO, "a read past the end of the volume")
         return _joined(self._pieces(offset, offset + length))
+
+    def extents(self, extents: Iterable[Extent], limit: int, end: int) -> Extents:
+        """Return where the bytes of a file are really stored: a Reader's answer.
+
+        Args:
+            extents: those of the file, in the recovered volume.
+            limit: of the answer's.
+            end: of the file.
+        """
+        found: list[Extent] = []
+        inline = bytearray()
+        for extent in extents:
+            start = extent.start
+            for length, place in self.locate(extent.offset, extent.length):
+                if len(found) == limit:
+                    return Extents(found, start, bytes(inline))
+                if isinstance(place, bytes):
+                    found.append(Extent(start, length, INLINE + len(inline)))
+                    inline += place
+                else:
+                    found.append(Extent(start, length, place))
+                start += length
+        return Extents(found, end, bytes(inline))
 
     def _pieces(self, offset: int, end: int) -> Iterator[tuple[int, int | bytes]]:
         while offset < end:

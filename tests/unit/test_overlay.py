@@ -9,6 +9,8 @@ import pytest
 
 from qcowfs._crc32c import crc32c
 from qcowfs.inside.overlay import Overlay
+from qcowfs.inside.reader import INLINE
+from qcowfs.inside.record import Extent
 
 BLOCK = 1024
 SIZE = 64 * BLOCK + 100  # the last block is not whole
@@ -75,6 +77,29 @@ def test_what_is_past_the_end_is_an_error() -> None:
             made.read(offset, length)
 
     assert b"" == made.read(SIZE, 0)
+
+
+@pytest.mark.parametrize("limit", (1, 2, 3, 7, 100))
+def test_the_extents_of_a_file_lead_to_its_bytes(limit: int) -> None:
+    made, expected = overlay()
+    file = [Extent(0, 6 * BLOCK, 8 * BLOCK), Extent(9 * BLOCK, 3 * BLOCK - 5, 2 * BLOCK)]
+    end = 12 * BLOCK - 5
+    content = bytearray(end)
+    offset = 0
+    while offset < end:
+        rest = [
+            Extent(max(at, offset), length - max(offset - at, 0), place + max(offset - at, 0))
+            for at, length, place in file
+            if at + length > offset
+        ]
+        found = made.extents(rest, limit, end)
+        assert 0 < len(found.extents) <= limit
+        for start, length, place in found.extents:
+            source = found.inline[place - INLINE :] if place >= INLINE else Memory().content[place:]
+            content[start : start + length] = source[:length]
+        offset = found.end
+
+    assert expected[8 * BLOCK : 14 * BLOCK] + bytes(3 * BLOCK) + expected[2 * BLOCK : 5 * BLOCK - 5] == content
 
 
 def test_the_checksum_is_castagnolis() -> None:
