@@ -80,3 +80,5 @@ MAX_JOURNAL_RECORDS = 1 << 20  # descriptors, commits and revokes of one log; wa
 MAX_JOURNAL_TAGS = 1 << 19  # block images of one log: 2 GiB of 4 KiB blocks; sorting them takes 24 MB of a worker's 64
 MAX_JOURNAL_REVOKES = 1 << 22  # revoked blocks of one log, with repetitions: they cost a second to look through
 MAX_FAST_COMMIT_TAGS = 1 << 16  # mke2fs reserves 256 blocks for them, 1 MiB; a tag takes 8 bytes or more
+MAX_FAST_COMMIT_BLOCKS = 2048  # blocks that the replay of fast commits may change: 8 MiB of 4 KiB, of a worker's 64
+MAX_FAST_COMMIT_WORK = 1 << 21  # entries of directories and extents that the replay may look at: two seconds

@@ -1,7 +1,7 @@
 """Fast commits: what ext4 noted at the journal's end after the last whole transaction.
 
-Used by jbd2. They say which names, inodes and extents changed, and not how the blocks look after it. Names are those
-of fs/ext4/fast_commit.h; all little-endian.
+Used by jbd2. They say which names, inodes and extents changed, and not how the blocks look after it; fastreplay makes
+blocks of them. Names are those of fs/ext4/fast_commit.h; all little-endian.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from array import array
 from bisect import bisect_left
 from typing import NamedTuple
 
-from qcowfs.inside import fastcommit
+from qcowfs.inside import fastcommit, fastreplay
+from qcowfs.inside.draft import Draft, NotReplayed
 from qcowfs.inside.extsuper import SUPER_OFFSET, SUPER_SIZE, Super, read_inode, read_super, without_recover
 from qcowfs.inside.journal import COMMIT, DESCRIPTOR, HEADER, MAGIC, REVOKE, Log, crc32_be
 from qcowfs.inside.journalmap import JournalMap
@@ -25,6 +26,7 @@ from qcowfs.limits import MAX_JOURNAL_RECORDS, MAX_JOURNAL_REVOKES, MAX_JOURNAL_
 __all__ = ["Recovery", "recover"]
 
 NO_CHECKSUM = 0xFFFFFFFF  # what the checksum of a transaction begins with
+SPARE_BLOCKS = 256  # of the journal: what a replay of fast commits may need for new blocks
 CRC32_TYPE, CRC32_SIZE = 1, 4  # h_chksum_type, h_chksum_size
 
 
@@ -65,8 +67,20 @@ def _recover(device: Device, superblock: Super) -> Recovery | None:
     _clear_recover(overlay)
     summary = f"jbd2: {walk.end} transactions, {images.count} blocks"
     if fast:
-        summary += f"; fast commits not replayed: {len(fast)} operations newer"
+        summary += _replay_fast(log, overlay, superblock, fast)
     return Recovery(overlay, summary)
+
+
+def _replay_fast(log: Log, overlay: Overlay, superblock: Super, operations: list[fastcommit.Operation]) -> str:
+    """Replay fast commits; return what the summary says of them. New blocks lie in the journal's file, from its end."""
+    spare = [log.place(number) for number in range(log.super.blocks - SPARE_BLOCKS, log.super.blocks)]
+    try:
+        draft = Draft(overlay, spare)
+        fastreplay.replay(draft, superblock, operations)
+    except NotReplayed as reason:
+        return f"; fast commits not replayed ({reason}): {len(operations)} operations newer"
+    draft.apply()
+    return f", {len(operations)} operations of fast commits"
 
 
 def _clear_recover(overlay: Overlay) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MAGIC", "FileDevice", "Kind", "Storm", "crash", "mounted"]
+__all__ = ["MAGIC", "NOLOGFLUSH", "FileDevice", "Kind", "Storm", "crash", "mounted"]
 
 EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32)
 LOGFLUSH, NOLOGFLUSH = 1, 2
@@ -84,7 +84,8 @@ class Storm:
 
     def run_fast(self, steps: int) -> None:
         """Change only what fast commits can tell, and end with one of them."""
-        self._run(steps, [self._create, self._append, self._delete, self._rename, self._truncate, self._link] * 2)
+        actions = [self._create, self._append, self._delete, self._rename, self._truncate, self._link]
+        self._run(steps, [*actions * 5, self._make_directory])
         self._fsync(self._root / "last", b"last")
 
     def _run(self, steps: int, actions: Sequence[Callable[[], None]]) -> None:
@@ -185,7 +186,10 @@ def _everything(storm: Storm, kind: Kind) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a file system is made, mounted and changed; `size` is in bytes."""
+    """How a file system is made, mounted, changed and stopped (flushing the journal before it or not).
+
+    `size` is in bytes.
+    """
 
     name: str
     mkfs: Sequence[str]
@@ -193,6 +197,7 @@ class Kind:
     size: int = 64 << 20
     steps: int = 600
     change: Callable[[Storm, Kind], None] = _everything
+    stops: Sequence[int] = (LOGFLUSH, NOLOGFLUSH)
 
 
 def crash(directory: Path, kind: Kind, seed: int) -> Path:
@@ -205,7 +210,7 @@ def crash(directory: Path, kind: Kind, seed: int) -> Path:
     with _slow_writeback(), mounted(image, kind.options) as point:
         rng = random.Random(seed)
         kind.change(Storm(point, rng), kind)
-        _shut_down(point, rng.choice((LOGFLUSH, NOLOGFLUSH)))
+        _shut_down(point, rng.choice(kind.stops))
         subprocess.run(["cp", "--sparse=always", str(image), str(copy)], check=True)
     image.unlink()
     return copy
