@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from qcowfs.inside.client import Tree
 from qcowfs.inside.extsuper import read_inode, read_super
 from qcowfs.inside.jbd2 import recover
 from qcowfs.inside.journal import Log
 from qcowfs.inside.journalmap import JournalMap
+from qcowfs.inside.launcher import Launcher
 from tests.support import lacking, need
 from tests.support.crash import FileDevice, Kind, crash, mounted
 from tests.support.readertree import describe_reader
@@ -115,15 +117,21 @@ def test_the_tree_is_as_the_kernel_recovers_it(image: Path, tmp_path: Path) -> N
     assert expected == found
 
 
-def test_the_reader_sees_the_tree_as_the_kernel_recovers_it(image: Path, tmp_path: Path) -> None:
-    ext = pytest.importorskip("qcowfs.inside.ext")
+def test_a_worker_sees_the_tree_as_the_kernel_recovers_it(image: Path, tmp_path: Path) -> None:
+    pytest.importorskip("qcowfs.inside.ext")
     device = FileDevice(image)
-    reader = ext.open_reader(device, recover=True)
-    found = describe_reader(reader, device)
+    launcher = Launcher()
+    tree = Tree(launcher, "disk/p1", "ext4", device.size, device.read, True)
+    try:
+        facts = tree.facts()
+        found = describe_reader(tree, device)
+    finally:
+        tree.close()
+        launcher.close()
     judged = tmp_path / "judged"
     shutil.copy(image, judged)
     with mounted(judged, "ro,noatime") as point:
         expected = describe(point)
 
-    assert reader.facts()["recovery"].startswith("jbd2: ")
+    assert facts["recovery"].startswith("jbd2: ")
     assert expected == found
