@@ -226,13 +226,18 @@ def _shut_down(point: Path, how: int) -> None:
 
 @contextlib.contextmanager
 def _slow_writeback() -> Iterator[None]:
-    """Keep the kernel from writing blocks to their places by itself."""
+    """Keep the kernel from writing blocks to their places by itself.
+
+    One process at a time: two that overlap would each take the other's setting for what was there before, and leave it.
+    """
     files = [Path("/proc/sys/vm", name) for name in WRITEBACK]
-    before = [file.read_text() for file in files]
-    for file in files:
-        file.write_text("360000")
-    try:
-        yield
-    finally:
-        for file, text in zip(files, before, strict=True):
-            file.write_text(text)
+    with files[0].open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = [file.read_text() for file in files]
+        for file in files:
+            file.write_text("360000")
+        try:
+            yield
+        finally:
+            for file, text in zip(files, before, strict=True):
+                file.write_text(text)
