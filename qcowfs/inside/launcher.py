@@ -23,9 +23,10 @@ from qcowfs import _sandbox, limits
 __all__ = ["Launcher", "Tenant"]
 
 SOCKET = 3  # the launcher's and a worker's only descriptor beside /dev/null
+NUMBER = struct.Struct("<I")  # of a request; its answer begins with it
 PID = struct.Struct("<i")
 STATUS = struct.Struct("<i")
-LONGEST = 64  # bytes of a request: a letter, and a kind of file system or a process id
+LONGEST = 64  # bytes of a request: a letter, its number, and a kind of file system or a process id
 ENDED_BY_LAUNCHER = -signal.SIGKILL
 PATIENCE = 5.0  # seconds until a launcher that does not answer is given up: it never does anything slow
 
@@ -49,6 +50,7 @@ class Launcher:
         ours.settimeout(PATIENCE)
         self._channel = ours
         self._lock = threading.Lock()
+        self._number = 0
         self._tenants: OrderedDict[Tenant, float] = OrderedDict()
         self._tenants_lock = threading.Lock()
 
@@ -59,8 +61,7 @@ class Launcher:
             OSError: the launcher is gone, or cannot fork.
         """
         with self._lock:
-            self._channel.send(b"s" + kind.encode())
-            answer, descriptors, _flags, _address = socket.recv_fds(self._channel, LONGEST, 1)
+            answer, descriptors = self._exchange(b"s", kind.encode())
         if not descriptors:
             raise OSError("no process for it could be started")
         os.set_inheritable(descriptors[0], False)
@@ -70,11 +71,28 @@ class Launcher:
         """Kill a worker, unless it has ended already; return how it ended, "" if only by this."""
         with self._lock:
             try:
-                self._channel.send(b"k" + PID.pack(pid))
-                answer = self._channel.recv(LONGEST)
+                answer, _descriptors = self._exchange(b"k", PID.pack(pid))
             except OSError:
                 return "the launcher is gone"
         return _how(STATUS.unpack(answer)[0]) if len(answer) == STATUS.size else "the launcher is gone"
+
+    def _exchange(self, letter: bytes, body: bytes) -> tuple[bytes, list[int]]:
+        """Return the answer to one request, and what was passed with it.
+
+        An earlier request may have been given up before its answer came, which must not be taken for this one's. The
+        worker that it may bring ends by itself as soon as its socket is closed.
+        """
+        self._number = (self._number + 1) & 0xFFFFFFFF
+        number = NUMBER.pack(self._number)
+        self._channel.send(letter + number + body)
+        while True:
+            answer, descriptors, _flags, _address = socket.recv_fds(self._channel, LONGEST, 1)
+            if not answer:
+                raise OSError("the launcher is gone")
+            if answer[: NUMBER.size] == number:
+                return answer[NUMBER.size :], descriptors
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     def touch(self, tenant: Tenant) -> None:
         """Note that `tenant` uses its worker now; the longest idle one gives its own up if there are too many."""
@@ -150,33 +168,42 @@ def _keep_only(channel: socket.socket) -> None:
     os.open(os.devnull, os.O_RDWR)
     os.dup2(0, 1)
     os.dup2(0, 2)
-    os.closerange(SOCKET + 1, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(SOCKET + 1, _highest() + 1)
     sys.stdin = sys.stdout = sys.stderr = os.fdopen(0, "w", closefd=False)  # not the caller's, with what they hold
+
+
+def _highest() -> int:
+    """Return the highest descriptor: the limit may have been lowered beneath some that were open already."""
+    try:
+        return max(int(name) for name in os.listdir("/proc/self/fd"))
+    except OSError:
+        return os.sysconf("SC_OPEN_MAX")
 
 
 def _serve(channel: socket.socket) -> None:
     children: set[int] = set()
     while request := channel.recv(LONGEST):
+        number, body = request[1 : 1 + NUMBER.size], request[1 + NUMBER.size :]
         if request[:1] == b"s":
-            _spawn(channel, request[1:].decode(), children)
+            _spawn(channel, number, body.decode(), children)
         else:
-            channel.send(STATUS.pack(_end(PID.unpack(request[1:])[0], children)))
+            channel.send(number + STATUS.pack(_end(PID.unpack(body)[0], children)))
     for pid in tuple(children):
         _end(pid, children)
 
 
-def _spawn(channel: socket.socket, kind: str, children: set[int]) -> None:
+def _spawn(channel: socket.socket, number: bytes, kind: str, children: set[int]) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         try:
             pid = os.fork()
         except OSError:
-            channel.send(b"-")
+            channel.send(number)
             return
         if pid == 0:
             _be_worker(theirs, kind)
         children.add(pid)
-        socket.send_fds(channel, [PID.pack(pid)], [ours.fileno()])
+        socket.send_fds(channel, [number, PID.pack(pid)], [ours.fileno()])
 
 
 def _be_worker(channel: socket.socket, kind: str) -> NoReturn:
