@@ -145,6 +145,7 @@ class ExtReader:
 
     def _entry(self, name: bytes, ino: int, cookie: int) -> bytes:
         extents: Sequence[Extent] | None = None
+        told: Inode | None = None
         try:
             raw = self._inode(ino)
             told = self._told(ino, raw)
@@ -153,7 +154,7 @@ class ExtReader:
                 extents = found.extents if found.end == told.size and not found.inline else None
         except OSError as error:
             extents = None
-            if error.errno == errno.ENOENT or "told" not in locals():
+            if error.errno == errno.ENOENT or told is None:
                 told = Inode._make((ino, *[0] * 14, error.errno or errno.EIO))
         return pack_entry(name, told.pack(), cookie, extents)
 

@@ -9,8 +9,8 @@ import struct
 import uuid
 from typing import NamedTuple
 
+from qcowfs._crc32c import crc32c
 from qcowfs.inside.probes import Filesystem, Read, text
-from qcowfs.inside.probes.crc32c import crc32c
 
 __all__ = ["probe"]
 
@@ -118,7 +118,7 @@ def _trouble(superblock: Superblock, data: bytes, size: int) -> str:
     if superblock.feature_ro_compat & METADATA_CSUM:
         if superblock.checksum_type != CRC32C:
             return f"its checksums are of an unknown kind, {superblock.checksum_type}"
-        if crc32c(data[:CHECKSUM]) != int.from_bytes(data[CHECKSUM:], "little"):
+        if crc32c(0xFFFFFFFF, data[:CHECKSUM]) != int.from_bytes(data[CHECKSUM:], "little"):
             return "the checksum of its superblock is wrong"
     if superblock.log_block_size > MAX_LOG_BLOCK_SIZE:
         return f"its block size, 2 ** {10 + superblock.log_block_size}, is more than 64 KiB"
