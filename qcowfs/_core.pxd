@@ -9,7 +9,6 @@ from qcowfs._tables cimport fault_t
 
 cdef enum:
     SEEK_TIME_MS = 1000  # a seek gives up after it
-    SEEK_STEPS = 64  # extents between two looks at the clock
 
 
 # Fill `buffer` with `length` bytes at `offset`, all within the disk. Returns 0, or -1 with `fault`.
@@ -20,9 +19,10 @@ cdef int disk_read(
 # Returns where to go on; `end` if nothing is left. Faults are left to whoever reads.
 cdef uint64_t disk_preload(disk_t* disk, uint64_t offset, uint64_t end) noexcept nogil
 
-# The first data (or hole) at `offset` or after it, as lseek(2) has it; a hole is at the end of each disk. Returns 0
-# with `found`, or ENXIO. What cannot be resolved counts as data, so that reading it is an error and not a hole.
-cdef int disk_seek(const disk_t* disk, uint64_t offset, bint data, uint64_t* found) noexcept nogil
+# The first data (or hole) at `offset` or after it, as lseek(2) has it of a file that is the disk up to `end`, where a
+# hole is. Returns 0 with `found`, or ENXIO. What cannot be resolved counts as data, so that reading it is an error and
+# not a hole.
+cdef int disk_seek(const disk_t* disk, uint64_t offset, uint64_t end, bint data, uint64_t* found) noexcept nogil
 
 # Was something found that nobody was warned of? Then it is for Disk.warn_past_end, with the GIL.
 cdef bint disk_has_warning(const disk_t* disk) noexcept nogil

@@ -31,6 +31,7 @@ from qcowfs.errors import ReadFault
 
 cdef enum:
     SECTOR_SIZE = 512
+    SEEK_STEPS = 64  # extents between two looks at the clock
     PRELOAD_SHARE = 4  # of the cache's budget, what one read may put there before it uses it
 
 cdef uint32_t last_identity = 0
@@ -173,7 +174,7 @@ cdef class Disk:
         cdef bint data = whence == os.SEEK_DATA
         cdef int status
         with nogil:
-            status = disk_seek(&self.c, offset, data, &found)
+            status = disk_seek(&self.c, offset, self.c.virtual_size, data, &found)
         return found if status == 0 else None
 
     cdef object extent_at(self, uint64_t offset, uint64_t length):
@@ -330,33 +331,33 @@ cdef uint64_t disk_preload(disk_t* disk, uint64_t offset, uint64_t end) noexcept
     return end
 
 
-cdef int disk_seek(const disk_t* disk, uint64_t offset, bint data, uint64_t* found) noexcept nogil:
+cdef int disk_seek(const disk_t* disk, uint64_t offset, uint64_t end, bint data, uint64_t* found) noexcept nogil:
     cdef int64_t deadline = monotonic_ms() + SEEK_TIME_MS
     cdef uint32_t step = 0
     cdef uint64_t length
-    if offset >= disk.virtual_size:
+    if offset >= end:
         return ENXIO
-    while offset < disk.virtual_size:  # length is > 0
-        if holds_data(disk, offset, &length) == data:
+    while offset < end:  # length is > 0
+        if holds_data(disk, offset, end, &length) == data:
             found[0] = offset
             return 0
         offset += length
         step += 1
-        if step % SEEK_STEPS == 0 and offset < disk.virtual_size and monotonic_ms() > deadline:
+        if step % SEEK_STEPS == 0 and offset < end and monotonic_ms() > deadline:
             # A hole that is called data is only slow; so the search may end anywhere, and a hostile image cannot make
             # it last.
-            found[0] = offset if data else disk.virtual_size
+            found[0] = offset if data else end
             return 0
-    found[0] = disk.virtual_size
+    found[0] = end
     return ENXIO if data else 0
 
 
-cdef bint holds_data(const disk_t* disk, uint64_t offset, uint64_t* length) noexcept nogil:
+cdef bint holds_data(const disk_t* disk, uint64_t offset, uint64_t end, uint64_t* length) noexcept nogil:
     cdef resolved_t resolved
     cdef fault_t ignored
-    if disk_resolve(disk, offset, disk.virtual_size - offset, &resolved, &ignored) < 0 or (
+    if disk_resolve(disk, offset, end - offset, &resolved, &ignored) < 0 or (
             find_hole(&resolved, offset, &ignored) < 0):
-        length[0] = min(SECTOR_SIZE - offset % SECTOR_SIZE, disk.virtual_size - offset)
+        length[0] = min(SECTOR_SIZE - offset % SECTOR_SIZE, end - offset)
         return True
     length[0] = resolved.mapping.length
     return resolved.mapping.type == NORMAL or resolved.mapping.type == COMPRESSED

@@ -252,10 +252,8 @@ cdef bint answer_read(worker_t* worker, const fuse_in_header* request, const fus
         return False
     if wanted.size > LARGEST_READ or not have_buffer(worker, wanted.size):
         got = -ENOMEM
-    elif handle.disk != NULL:
-        got = read_disk(plane, handle, worker.buffer, wanted.size, wanted.offset)
-    elif handle.mapped != NULL:
-        got = read_mapped(handle, worker.buffer, wanted.size, wanted.offset)
+    elif handle.disk != NULL or handle.mapped != NULL:
+        got = read_stored(plane, handle, worker.buffer, wanted.size, wanted.offset)
     else:
         got = handle_read(handle, worker.buffer, wanted.size, wanted.offset)
     if got < 0:
@@ -278,33 +276,25 @@ cdef bint have_buffer(worker_t* worker, uint64_t size) noexcept nogil:
     return True
 
 
-cdef int64_t read_disk(
+cdef int64_t read_stored(
     plane_t* plane, handle_t* handle, char* buffer, uint64_t size, uint64_t offset) noexcept nogil:
-    cdef fault_t fault
-    cdef int status
-    if offset >= handle.disk.virtual_size:
-        return 0
-    size = min(size, handle.disk.virtual_size - offset)
-    if atomic_load(&handle.disk.compressed):
-        ahead_follow(&plane.ahead, handle, offset, offset + size)
-    status = disk_read(handle.disk, buffer, offset, size, &fault)
-    if disk_has_warning(handle.disk):
-        handle_warn(handle)
-    if status == 0:
-        return <int64_t>size
-    handle_report(handle, &fault, 0)
-    return -fault.error if fault.error > 0 else -EIO
-
-
-cdef int64_t read_mapped(handle_t* handle, char* buffer, uint64_t size, uint64_t offset) noexcept nogil:
+    cdef uint64_t end = handle.disk.virtual_size if handle.disk != NULL else handle.mapped.size
     cdef fault_t fault
     cdef uint32_t number = 0
     cdef int status
-    if offset >= handle.mapped.size:
+    cdef bint warning
+    if offset >= end:
         return 0
-    size = min(size, handle.mapped.size - offset)
-    status = mapped_read(handle.mapped, buffer, offset, size, &fault, &number)
-    if mapped_has_warning(handle.mapped):
+    size = min(size, end - offset)
+    if handle.disk != NULL:
+        if atomic_load(&handle.disk.compressed):
+            ahead_follow(&plane.ahead, handle, offset, offset + size)
+        status = disk_read(handle.disk, buffer, offset, size, &fault)
+        warning = disk_has_warning(handle.disk)
+    else:
+        status = mapped_read(handle.mapped, buffer, offset, size, &fault, &number)
+        warning = mapped_has_warning(handle.mapped)
+    if warning:
         handle_warn(handle)
     if status == 0:
         return <int64_t>size
@@ -326,7 +316,7 @@ cdef bint answer_seek(plane_t* plane, const fuse_in_header* request, const fuse_
     if not data and wanted.whence != <uint32_t>SEEK_HOLE:
         error = EINVAL
     elif handle.disk != NULL:
-        error = disk_seek(handle.disk, wanted.offset, data, &found.offset)
+        error = disk_seek(handle.disk, wanted.offset, handle.disk.virtual_size, data, &found.offset)
     elif handle.mapped != NULL:
         error = mapped_seek(handle.mapped, wanted.offset, data, &found.offset)
     else:

@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
-from qcowfs._core cimport SEEK_STEPS, SEEK_TIME_MS, Disk, disk_has_warning, disk_read, disk_seek, monotonic_ms
+from qcowfs._core cimport SEEK_TIME_MS, Disk, disk_has_warning, disk_read, disk_seek, monotonic_ms
 from qcowfs._records cimport extent_record_t
 
 cdef enum:
@@ -256,11 +256,9 @@ cdef int mapped_read(
 cdef int mapped_seek(const mapped_t* mapped, uint64_t offset, bint data, uint64_t* found) noexcept nogil:
     cdef int64_t deadline = monotonic_ms() + SEEK_TIME_MS
     cdef uint64_t place
-    cdef uint64_t step
     if offset >= mapped.size:
         return ENXIO
     place = run_after(mapped, offset)
-    step = 0
     while place < mapped.count:
         if offset < mapped.runs[place].start:
             if not data:
@@ -271,8 +269,7 @@ cdef int mapped_seek(const mapped_t* mapped, uint64_t offset, bint data, uint64_
             return 0
         offset = mapped.runs[place].start + mapped.runs[place].length
         place += 1
-        step += 1
-        if step % SEEK_STEPS == 0 and offset < mapped.size and monotonic_ms() > deadline:
+        if offset < mapped.size and monotonic_ms() > deadline:
             found[0] = offset if data else mapped.size  # as disk_seek does
             return 0
     if data:
@@ -283,14 +280,13 @@ cdef int mapped_seek(const mapped_t* mapped, uint64_t offset, bint data, uint64_
 
 cdef bint seek_in_run(
     const mapped_t* mapped, const run_t* run, uint64_t offset, bint data, uint64_t* found) noexcept nogil:
+    cdef uint64_t end = run.offset + run.length
     cdef uint64_t place
     if run.disk == <uint32_t>LITERAL:
         found[0] = offset
         return data
-    if disk_seek(mapped.disks[run.disk], run.offset + (offset - run.start), data, &place) != 0:
-        return False
-    if place >= run.offset + run.length:
-        return False
+    if disk_seek(mapped.disks[run.disk], run.offset + (offset - run.start), end, data, &place) != 0 or place == end:
+        return False  # the hole at its end is none: the next run may begin there
     found[0] = run.start + (place - run.offset)
     return True
 
