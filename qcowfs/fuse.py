@@ -22,7 +22,7 @@ from qcowfs._core import Disk
 from qcowfs._handles import Handles
 from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError
-from qcowfs.vfs.node import Attributes, Directory, DiskFile, Node, RawFile, Symlink, VolumeFile
+from qcowfs.vfs.node import Attributes, Directory, DiskFile, Node, RawFile, Symlink
 from qcowfs.vfs.tree import Tree
 
 __all__ = ["Operations"]
@@ -90,7 +90,7 @@ class Operations(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         directory = self._directory(parent_inode)
         folder = self._tree.folder(directory, name)
-        if folder is not None:
+        if folder is not None and not folder.resolved:
             await trio.to_thread.run_sync(folder.resolve, abandon_on_cancel=True, limiter=self._looking)
         node = self._tree.lookup(directory, name)
         # Opening and reading must not wait for a walk of tables; who wants st_blocks asks for attributes.
@@ -138,7 +138,8 @@ class Operations(pyfuse3.Operations):
     @translated
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         directory = self._directory(inode)
-        await self._resolved(directory)
+        if not self._tree.resolved(directory):
+            await self._resolve()
         self._listings[self._next_listing] = tuple(self._tree.entries(directory).items())
         self._next_listing += 1
         return self._next_listing - 1
@@ -216,16 +217,15 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EISDIR if isinstance(node, Directory) else errno.EINVAL)
         return node
 
-    async def _resolved(self, directory: Directory) -> None:
-        """Find out what else is in `directory`; a source that does not answer must not keep anybody from listing it."""
+    async def _resolve(self) -> None:
+        """Find out what else is in the root; a source that does not answer must not keep anybody from listing it."""
         with trio.move_on_after(LISTING_SECONDS) as scope:
-            resolve = self._tree.resolve
-            await trio.to_thread.run_sync(resolve, directory, abandon_on_cancel=True, limiter=self._listing)
+            await trio.to_thread.run_sync(self._tree.resolve, abandon_on_cancel=True, limiter=self._listing)
         if scope.cancelled_caught:
             logger.debug("what is inside the points is not known yet: a listing lacks their directories")
 
     async def _counted(self, node: Node) -> EntryAttributes:
-        if isinstance(node, DiskFile | VolumeFile) and not node.counted:
+        if isinstance(node, DiskFile) and not node.counted:
             await trio.to_thread.run_sync(node.count, limiter=self._counting)
         return _entry(node.attributes())
 

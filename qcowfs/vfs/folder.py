@@ -9,16 +9,23 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError
-from qcowfs.inside.contents import Contents, Item
 from qcowfs.vfs.faults import FaultLog
 from qcowfs.vfs.names import SUFFIX
-from qcowfs.vfs.node import Directory, Node, Place, VolumeFile
+from qcowfs.vfs.node import Directory, DiskFile, Node, Place
+
+if TYPE_CHECKING:
+    from qcowfs.inside.contents import Contents, Item
 
 __all__ = ["Folder"]
+
+COUNT_SECONDS = 1.0  # of walking a volume for st_blocks
 
 logger = logging.getLogger("qcowfs.mount")
 
@@ -33,6 +40,9 @@ class Folder:
             QcowfsError.
         place_of: returns the place of a file in the directory, by its name.
         add: enters a node into the mount's inode numbers.
+
+    Attributes:
+        resolved: it is known whether there is a directory.
     """
 
     def __init__(
@@ -51,7 +61,7 @@ class Folder:
         self._add = add
         self._faults = faults
         self._lock = threading.Lock()
-        self._looked = False
+        self.resolved = False
         self._directory: Directory | None = None
 
     @property
@@ -62,12 +72,12 @@ class Folder:
     def resolve(self) -> Directory | None:
         """Return the directory, None if there is none. The first call reads the disk, a few hundred KiB at most."""
         with self._lock:
-            if not self._looked:
+            if not self.resolved:
                 try:
                     self._directory = self._made(*self._look())
                 except QcowfsError as fault:
                     self._faults.report(os.fsdecode(self.place.name), fault)
-                self._looked = True
+                self.resolved = True
             return self._directory
 
     def _made(self, contents: Contents, disks: Sequence[Mapped | None]) -> Directory | None:
@@ -87,6 +97,25 @@ class Folder:
         if disk is None:
             logger.warning("%s/%s: %s", os.fsdecode(self.place.name), os.fsdecode(name), item.volume.trouble)
             return
-        node = VolumeFile(self._place_of(self.place, name), disk, self._faults)
+        node = DiskFile(
+            self._place_of(self.place, name),
+            lambda: disk,
+            self._faults,
+            virtual_size=disk.virtual_size,
+            count_allocated=partial(_stored, disk),
+        )
         directory.entries[name] = node
         self._add(node)
+
+
+def _stored(disk: Mapped) -> int:
+    """Return the bytes of `disk` that lie between its holes; what was not walked in time counts too."""
+    deadline = time.monotonic() + COUNT_SECONDS
+    stored = 0
+    place = disk.seek(0, os.SEEK_DATA)
+    while place is not None:
+        hole = disk.seek(place, os.SEEK_HOLE) if time.monotonic() < deadline else disk.virtual_size
+        assert hole is not None  # one is at the end
+        stored += hole - place
+        place = disk.seek(hole, os.SEEK_DATA)
+    return stored

@@ -11,29 +11,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError
 from qcowfs.vfs.faults import FaultLog
 
-__all__ = [
-    "Attributes",
-    "Directory",
-    "Disk",
-    "DiskFile",
-    "LiveFile",
-    "Node",
-    "Place",
-    "RawFile",
-    "Symlink",
-    "VolumeFile",
-]
+__all__ = ["Attributes", "Directory", "Disk", "DiskFile", "LiveFile", "Node", "Place", "RawFile", "Symlink"]
 
-COUNT_SECONDS = 1.0  # of walking a volume for st_blocks
 BLOCK = 512  # the unit of st_blocks, whatever st_blksize says
 
 
@@ -240,10 +226,10 @@ class RawFile(Node):
 
 
 class DiskFile(RawFile):
-    """A frozen point.
+    """A frozen point, or a volume inside of one.
 
     Args:
-        count_allocated: returns the bytes that the point allocates; may walk tables, is called at most once.
+        count_allocated: returns the bytes that it allocates; may walk tables, is called at most once.
     """
 
     __slots__ = ("_blocks", "_count_allocated")
@@ -270,42 +256,6 @@ class DiskFile(RawFile):
         """Find out st_blocks. May read megabytes of tables: call it off the mount's thread, one call at a time."""
         if self._blocks is None:
             self._blocks = -(-self._count_allocated() // BLOCK)
-
-    def attributes(self) -> Attributes:
-        """Return what stat(2) shows; until `count` was called with st_blocks 0, and not lasting."""
-        return self._attributes(size=self._virtual_size, blocks=self._blocks or 0, lasting=self.counted)
-
-
-class VolumeFile(RawFile):
-    """The bytes of a volume inside a point: NAME/p1.raw. Its disk is there as long as the mount.
-
-    Args:
-        disk: its bytes.
-    """
-
-    __slots__ = ("_blocks", "_bytes")
-
-    def __init__(self, place: Place, disk: Mapped, faults: FaultLog) -> None:
-        super().__init__(place, lambda: disk, faults, virtual_size=disk.virtual_size)
-        self._bytes = disk
-        self._blocks: int | None = None
-
-    @property
-    def counted(self) -> bool:
-        """True once `attributes` knows st_blocks."""
-        return self._blocks is not None
-
-    def count(self) -> None:
-        """Find out st_blocks, as `DiskFile.count`: what lies between the holes, and what was not walked counts too."""
-        deadline = time.monotonic() + COUNT_SECONDS
-        end, stored = self._bytes.virtual_size, 0
-        place = self._bytes.seek(0, os.SEEK_DATA)
-        while place is not None and self._blocks is None:
-            late = time.monotonic() > deadline
-            hole = end if late else self._bytes.seek(place, os.SEEK_HOLE) or end
-            stored += hole - place
-            place = self._bytes.seek(hole, os.SEEK_DATA)
-        self._blocks = -(-stored // BLOCK)
 
     def attributes(self) -> Attributes:
         """Return what stat(2) shows; until `count` was called with st_blocks 0, and not lasting."""

@@ -18,8 +18,6 @@ from qcowfs import limits
 from qcowfs._cache import Cache
 from qcowfs._mapped import Mapped
 from qcowfs._source import FileSource
-from qcowfs.inside.contents import Contents
-from qcowfs.inside.opened import open_disks
 from qcowfs.sizes import Sizes
 from qcowfs.snapshot import LiveDisk, open_disk
 from qcowfs.vfs import names, xattrs
@@ -30,6 +28,7 @@ from qcowfs.vfs.node import Directory, Disk, DiskFile, LiveFile, Node, Place, Sy
 
 if TYPE_CHECKING:
     from qcowfs.chain import Chain
+    from qcowfs.inside.contents import Contents
     from qcowfs.snapshot import Point
 
 __all__ = ["ChainDisks", "Disks", "Tree", "latest"]
@@ -75,6 +74,8 @@ class ChainDisks:
 
     def inside(self, point: Point) -> tuple[Contents, Sequence[Mapped | None]]:
         """Return the volumes of a point that cannot change, and their bytes."""
+        from qcowfs.inside.opened import open_disks  # 10 ms, and no mount has to wait for it
+
         return open_disks([open_disk(self._chain, point, self._cache)])
 
     def file_status(self, point: Point) -> os.stat_result:
@@ -132,19 +133,26 @@ class Tree:
         """
         if name == b".":
             return directory
-        return directory.parent if name == b".." else self.entries(directory).get(name)
+        if name == b"..":
+            return directory.parent
+        folder = self.folder(directory, name)
+        return directory.entries.get(name) if folder is None else folder.directory
 
     def folder(self, directory: Directory, name: bytes) -> Folder | None:
         """Return the folder called `name` in `directory`, None if nothing inside a point has that name."""
         return self._folders.get(name) if directory is self.root else None
 
-    def resolve(self, directory: Directory) -> None:
-        """Find out which of the folders in `directory` are directories; reads disks: call it off the mount's thread.
+    def resolved(self, directory: Directory) -> bool:
+        """Tell whether all that is in `directory` is known."""
+        return directory is not self.root or all(folder.resolved for folder in self._folders.values())
+
+    def resolve(self) -> None:
+        """Find out which of the folders in the root are directories; reads disks: call it off the mount's thread.
 
         A thousand honest points take less than a second; hostile ones may take two each, and are not waited for.
         """
         deadline = time.monotonic() + LOOK_SECONDS
-        for folder in self._folders.values() if directory is self.root else ():
+        for folder in self._folders.values():
             if time.monotonic() > deadline:
                 logger.warning("looking into the points takes too long: some directories are not listed, but are there")
                 break

@@ -313,8 +313,8 @@ def test_a_listing_looks_into_each_point_once() -> None:
     disks = FakeDisks()
     tree = grown([active(), snapshot(b"s")], disks)
 
-    tree.resolve(tree.root)
-    tree.resolve(tree.root)
+    tree.resolve()
+    tree.resolve()
 
     assert disks.looked == 2
 
@@ -323,7 +323,7 @@ def test_a_point_that_may_change_is_not_looked_into() -> None:
     disks = FakeDisks()
     tree = grown([active(frozen=False), snapshot(b"s")], disks, live=True)
 
-    tree.resolve(tree.root)
+    tree.resolve()
 
     assert disks.looked == 1
     assert tree.folder(tree.root, b"current") is None
@@ -337,7 +337,7 @@ def test_a_listing_does_not_wait_for_hostile_points(
     disks = FakeDisks()
     tree = grown([active(), snapshot(b"s")], disks)
 
-    tree.resolve(tree.root)
+    tree.resolve()
 
     assert disks.looked == 0
     assert "some directories are not listed" in caplog.text
