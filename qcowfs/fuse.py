@@ -1,8 +1,8 @@
 """The mount as pyfuse3 sees it: an adapter, and the only module that knows FUSE's types. No decision is made here.
 
-Used by mount.py. The trio thread only, but for counting st_blocks and looking into points, in worker threads. READ
-comes here only with --no-data-plane, and is synchronous: a warm read takes a few microseconds, and a trip to a thread
-and back takes ten times as long.
+Used by mount.py. The trio thread only, but for counting st_blocks, looking into points and whatever concerns the trees
+inside, in worker threads. READ comes here only with --no-data-plane, and is synchronous for disks: a warm read takes a
+few microseconds, and a trip to a thread and back takes ten times as long.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import functools
 import logging
 import os
+import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -22,6 +23,7 @@ from qcowfs._core import Disk
 from qcowfs._handles import Handles
 from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError
+from qcowfs.vfs.guest import Guest, GuestFile, GuestListing, GuestRoot
 from qcowfs.vfs.node import Attributes, Directory, DiskFile, Node, RawFile, Symlink
 from qcowfs.vfs.tree import Tree
 
@@ -30,8 +32,9 @@ __all__ = ["Operations"]
 FOREVER = 365 * 86400.0  # seconds; what does not change needs no second look, and umount forgets it
 BLOCK_SIZE = 4096  # of statfs, and the preferred size of a read
 NAME_MAX = 255
-LISTING_SECONDS = 1.0  # that opening the root waits for what is inside the points; a thousand take less
+LISTING_SECONDS = 1.0  # that opening a directory waits for what is inside the points; a thousand take less
 MAX_LOOKS = 16  # names of points' directories that are looked into at once, all but a few waiting for their source
+MAX_INSIDE = 64  # requests to trees that are under way at once, all but a few waiting for one another
 
 logger = logging.getLogger("qcowfs.fuse")
 
@@ -77,10 +80,12 @@ class Operations(pyfuse3.Operations):
         self._tree = tree
         self._occupied = occupied
         self._handles = handles
-        self._opened: dict[int, RawFile] = {}  # by the handle's number
-        self._listings: dict[int, tuple[tuple[bytes, Node], ...]] = {}  # of open directories, as they were opened
+        self._opened: dict[int, RawFile | GuestFile] = {}  # by the handle's number
+        # Of open directories: the mount's own as they were opened, and those of trees.
+        self._listings: dict[int, tuple[tuple[bytes, Node], ...] | GuestListing] = {}
         self._next_listing = 1
         self._looking = trio.CapacityLimiter(MAX_LOOKS)
+        self._inside = trio.CapacityLimiter(MAX_INSIDE)
         self._listing = trio.CapacityLimiter(1)
         self._counting = trio.CapacityLimiter(1)  # `DiskFile.count` is for one thread at a time
 
@@ -88,20 +93,29 @@ class Operations(pyfuse3.Operations):
 
     @translated
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        if guest := await self._guest(parent_inode):
+            found = await self._ask(guest.lookup, parent_inode, name)
+            return _absent() if found is None else _entry(found)
         directory = self._directory(parent_inode)
         folder = self._tree.folder(directory, name)
         if folder is not None and not folder.resolved:
             await trio.to_thread.run_sync(folder.resolve, abandon_on_cancel=True, limiter=self._looking)
         node = self._tree.lookup(directory, name)
+        if isinstance(node, GuestRoot) and not await self._ask(node.guest.resolve):
+            return _absent()
         # Opening and reading must not wait for a walk of tables; who wants st_blocks asks for attributes.
         return _absent() if node is None else _entry(node.listed())
 
     @translated
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        if guest := await self._guest(inode):
+            return _entry(await self._ask(guest.attributes, inode))
         return await self._counted(self._node(inode))
 
     @translated
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        if guest := await self._guest(inode):
+            return await self._ask(guest.readlink, inode)
         node = self._node(inode)
         if not isinstance(node, Symlink):
             raise FUSEError(errno.EINVAL)
@@ -111,10 +125,17 @@ class Operations(pyfuse3.Operations):
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
         if mode & os.W_OK:
             raise FUSEError(errno.EROFS)
-        return not mode & os.X_OK or bool(self._node(inode).mode & 0o111)
+        if not mode & os.X_OK:
+            return True
+        guest = await self._guest(inode)
+        found = (await self._ask(guest.attributes, inode)).mode if guest else self._node(inode).mode
+        # Whoever may look into the mount may look into each directory: that is what it is for.
+        return stat.S_ISDIR(found) or bool(found & 0o111)
 
     @translated
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if guest := await self._guest(inode):
+            return await self._ask(guest.xattr, inode, name)
         value = self._tree.xattrs(self._node(inode)).get(name)
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
@@ -122,6 +143,8 @@ class Operations(pyfuse3.Operations):
 
     @translated
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        if guest := await self._guest(inode):
+            return await self._ask(functools.partial(guest.xattrs, privileged=ctx.uid == 0), inode)
         return list(self._tree.xattrs(self._node(inode)))
 
     @translated
@@ -137,21 +160,40 @@ class Operations(pyfuse3.Operations):
 
     @translated
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        if guest := await self._guest(inode):
+            return self._listed(GuestListing(guest, inode))
         directory = self._directory(inode)
         if not self._tree.resolved(directory):
-            await self._resolve()
-        self._listings[self._next_listing] = tuple(self._tree.entries(directory).items())
+            await self._resolve(directory)
+        return self._listed(tuple(self._tree.entries(directory).items()))
+
+    def _listed(self, listing: tuple[tuple[bytes, Node], ...] | GuestListing) -> int:
+        self._listings[self._next_listing] = listing
         self._next_listing += 1
         return self._next_listing - 1
 
-    @translated
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         listing = self._listings[fh]
+        if isinstance(listing, GuestListing):
+            await self._readdir_inside(listing, start_id, token)
+            return
         for place in range(start_id, len(listing)):
             name, node = listing[place]
+            # What may turn out to be nothing is looked up again by whoever enters it.
+            settled = not isinstance(node, GuestRoot) or node.guest.resolved
             # `ls` alone must not walk the tables of a thousand snapshots; for `ls -l` the kernel asks again.
-            if not pyfuse3.readdir_reply(token, name, _entry(node.listed()), place + 1):
+            if not pyfuse3.readdir_reply(token, name, _entry(node.listed(), settled=settled), place + 1):
                 break
+
+    @translated
+    async def _readdir_inside(self, listing: GuestListing, cookie: int, token: ReaddirToken) -> None:
+        while entries := await self._ask(listing.after, cookie):
+            for entry in entries:
+                # Of what is damaged a name is all that is told; who wants more asks, and hears EIO.
+                attributes = _entry(entry.attributes, settled=entry.readable)
+                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie):
+                    return
+                cookie = entry.cookie
 
     # Bytes
 
@@ -159,15 +201,23 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
-        node = self._file(inode)
-        disk = node.open()
-        fh = self._handles.attach(disk if isinstance(disk, Disk | Mapped) else None, node)
-        self._opened[fh] = node
-        return FileInfo(fh=fh, direct_io=node.live, keep_cache=not node.live)
+        if guest := await self._guest(inode):
+            inside = await self._ask(guest.open, inode)
+            return self._attached(inside, inside.disk)
+        file = self._file(inode)
+        return self._attached(file, file.open())
+
+    def _attached(self, file: RawFile | GuestFile, disk: object) -> FileInfo:
+        fh = self._handles.attach(disk if isinstance(disk, Disk | Mapped) else None, file)
+        self._opened[fh] = file
+        return FileInfo(fh=fh, direct_io=file.live, keep_cache=not file.live)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
+        file = self._opened[fh]
         try:  # not @translated: one more coroutine on the hot path
-            return self._opened[fh].read(off, size)
+            if isinstance(file, GuestFile) and file.disk is None:
+                return await self._ask(file.read, off, size)
+            return file.read(off, size)
         except Exception as error:
             raise FUSEError(_errno(error, "read")) from error
 
@@ -217,10 +267,24 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EISDIR if isinstance(node, Directory) else errno.EINVAL)
         return node
 
-    async def _resolve(self) -> None:
-        """Find out what else is in the root; a source that does not answer must not keep anybody from listing it."""
+    async def _guest(self, inode: int) -> Guest | None:
+        """Return the tree that an inode is in, opened; None if the inode is the mount's own."""
+        guest = self._tree.guest(inode)
+        if guest is not None and not guest.resolved:
+            await self._ask(guest.resolve)
+        if guest is not None and guest.attributes_of_root is None:
+            raise FUSEError(errno.ENOENT)
+        return guest
+
+    async def _ask(self, question: Callable[..., Result], *args: Any) -> Result:
+        """Return what a tree answers; it may have to wait for its worker and its source."""
+        return await trio.to_thread.run_sync(question, *args, abandon_on_cancel=True, limiter=self._inside)
+
+    async def _resolve(self, directory: Directory) -> None:
+        """Find out what is in a directory; a source that does not answer must not keep anybody from listing it."""
+        resolve = functools.partial(self._tree.resolve, directory)
         with trio.move_on_after(LISTING_SECONDS) as scope:
-            await trio.to_thread.run_sync(self._tree.resolve, abandon_on_cancel=True, limiter=self._listing)
+            await trio.to_thread.run_sync(resolve, abandon_on_cancel=True, limiter=self._listing)
         if scope.cancelled_caught:
             logger.debug("what is inside the points is not known yet: a listing lacks their directories")
 
@@ -230,19 +294,23 @@ class Operations(pyfuse3.Operations):
         return _entry(node.attributes())
 
 
-def _entry(attributes: Attributes) -> EntryAttributes:
+def _entry(attributes: Attributes, *, settled: bool = True) -> EntryAttributes:
+    """Return what FUSE says of a node; if not `settled`, the kernel looks the name up again before it believes it."""
     entry = EntryAttributes()
     entry.st_ino = attributes.ino
     entry.st_mode = attributes.mode
     entry.st_nlink = attributes.nlink
     entry.st_uid = attributes.uid
     entry.st_gid = attributes.gid
+    entry.st_rdev = attributes.rdev
     entry.st_size = attributes.size
     entry.st_blocks = attributes.blocks
     entry.st_blksize = BLOCK_SIZE
-    entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = attributes.date_ns
-    entry.attr_timeout = FOREVER if attributes.lasting else 0
-    entry.entry_timeout = FOREVER
+    entry.st_atime_ns = attributes.atime_ns
+    entry.st_mtime_ns = attributes.mtime_ns
+    entry.st_ctime_ns = attributes.ctime_ns
+    entry.attr_timeout = FOREVER if attributes.lasting and settled else 0
+    entry.entry_timeout = FOREVER if settled else 0
     return entry
 
 

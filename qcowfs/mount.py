@@ -42,6 +42,7 @@ READ_AHEAD_KIB = 1024  # of the mount, if root mounts: two of the largest READs;
 MAX_WORKERS = 16  # of the data plane; each has a buffer of 512 KiB at most
 MAX_HELPERS = 3  # that decompress ahead: so many cores one reader can keep busy
 MAX_TASKS = 99  # requests that pyfuse3 has under way at once, as it has by itself; all but one wait for st_blocks
+RETIRE_SECONDS = 30.0  # between two looks at which workers of trees are idle
 GRACE = 0.5  # seconds that a mount nobody uses takes at most to go away
 
 logger = logging.getLogger("qcowfs.mount")
@@ -135,6 +136,13 @@ class Session:
         Raises:
             FuseUnavailable, MountpointError: FUSE refused; nothing is mounted.
         """
+        self._tree.guests.start()  # forks, and there are threads soon
+        try:
+            return self._serve(ready)
+        finally:
+            self._tree.guests.close()
+
+    def _serve(self, ready: Callable[[], None]) -> int:
         import pyfuse3
         import trio
 
@@ -213,6 +221,7 @@ class Session:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._announce, ready)
                 nursery.start_soon(self._obey, signals, nursery)
+                nursery.start_soon(self._retire)
                 if self._plane is not None:
                     nursery.start_soon(self._wait_for_the_end, self._plane)
                 await self._answer()
@@ -231,6 +240,14 @@ class Session:
             # Somebody aborted the connection through /sys/fs/fuse/connections; the data plane takes that as an end.
             if errors.split(_is_abort)[1] is not None:
                 raise
+
+    async def _retire(self) -> None:
+        """End the trees' workers that nobody needs."""
+        import trio
+
+        while True:
+            await trio.sleep(RETIRE_SECONDS)
+            await trio.to_thread.run_sync(self._tree.guests.retire)
 
     async def _wait_for_the_end(self, plane: DataPlane) -> None:
         """End pyfuse3's loop when the data plane finds the mount gone; with it there, pyfuse3 cannot see that."""

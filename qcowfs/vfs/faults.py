@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from qcowfs.errors import QcowfsError
+from qcowfs.errors import QcowfsError, TreeFault
 
 __all__ = ["FaultLog"]
 
@@ -35,7 +35,13 @@ class FaultLog:
 
     def report(self, name: str, fault: QcowfsError) -> None:
         """Log `fault` of the file `name`, unless it is known or the log has had enough for now."""
-        line = f"{name}: {fault}"
+        self._report(f"{name}: {fault}")
+
+    def report_tree(self, fault: TreeFault) -> None:
+        """Log a fault that names the tree it is in, in the same way."""
+        self._report(str(fault))
+
+    def _report(self, line: str) -> None:
         with self._lock:
             if line in self._known:
                 return

@@ -1,7 +1,7 @@
-"""NAME/: the volumes of a point, found out when somebody asks for them.
+"""NAME/: what is inside a point, found out when somebody asks for it: volumes and their trees, or one tree.
 
 Used by vfs/tree.py, which makes one for each frozen point, and by fuse.py, which resolves them off the mount's thread.
-A point in which there are no volumes has no directory.
+A point in which nothing is known has no directory.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError
 from qcowfs.vfs.faults import FaultLog
+from qcowfs.vfs.guest import Guest, GuestRoot
 from qcowfs.vfs.names import SUFFIX
 from qcowfs.vfs.node import Directory, DiskFile, Node, Place
 
@@ -40,6 +42,7 @@ class Folder:
             QcowfsError.
         place_of: returns the place of a file in the directory, by its name.
         add: enters a node into the mount's inode numbers.
+        guest_of: returns the tree of a volume, by its path in the mount; None if there is none that can be shown.
 
     Attributes:
         resolved: it is known whether there is a directory.
@@ -52,6 +55,7 @@ class Folder:
         look: Callable[[], tuple[Contents, Sequence[Mapped | None]]],
         place_of: Callable[[Place, bytes], Place],
         add: Callable[[Node], None],
+        guest_of: Callable[[bytes, Item, Mapped], Guest | None],
         faults: FaultLog,
     ) -> None:
         self.place = place
@@ -59,18 +63,22 @@ class Folder:
         self._look = look
         self._place_of = place_of
         self._add = add
+        self._guest_of = guest_of
         self._faults = faults
         self._lock = threading.Lock()
         self.resolved = False
-        self._directory: Directory | None = None
+        self._directory: Directory | GuestRoot | None = None
 
     @property
-    def directory(self) -> Directory | None:
+    def directory(self) -> Directory | GuestRoot | None:
         """The directory; None if there is none, or nobody has resolved this yet."""
         return self._directory
 
-    def resolve(self) -> Directory | None:
-        """Return the directory, None if there is none. The first call reads the disk, a few hundred KiB at most."""
+    def resolve(self) -> Directory | GuestRoot | None:
+        """Return the directory, None if there is none. The first call reads the disk, a few hundred KiB at most.
+
+        A directory that is a tree may still turn out to be none when the tree is opened.
+        """
         with self._lock:
             if not self.resolved:
                 try:
@@ -80,23 +88,38 @@ class Folder:
                 self.resolved = True
             return self._directory
 
-    def _made(self, contents: Contents, disks: Sequence[Mapped | None]) -> Directory | None:
+    def _made(self, contents: Contents, disks: Sequence[Mapped | None]) -> Directory | GuestRoot | None:
         for note in contents.notes:
             logger.warning("%s: %s", os.fsdecode(self.place.name), note)
         directory = Directory(self.place, self._parent)
         for item, disk in zip(contents.items, disks, strict=True):
-            if item.volume.name:  # a whole disk is NAME.raw already
-                self._add_file(directory, item, disk)
+            if not item.volume.name:  # the whole disk is one file system, and NAME.raw already
+                return None if disk is None else self._root_of(self.place, self._parent, item, disk)
+            self._add_volume(directory, item, disk)
         if not directory.entries:
             return None
         self._add(directory)
         return directory
 
-    def _add_file(self, directory: Directory, item: Item, disk: Mapped | None) -> None:
-        name = item.volume.name + SUFFIX.encode()
+    def _add_volume(self, directory: Directory, item: Item, disk: Mapped | None) -> None:
+        name = item.volume.name
         if disk is None:
             logger.warning("%s/%s: %s", os.fsdecode(self.place.name), os.fsdecode(name), item.volume.trouble)
             return
+        self._add_file(directory, name + SUFFIX.encode(), disk)
+        root = self._root_of(self._place_of(self.place, name), directory, item, disk)
+        if root is not None:
+            directory.entries[name] = root
+
+    def _root_of(self, place: Place, parent: Directory, item: Item, disk: Mapped) -> GuestRoot | None:
+        guest = self._guest_of(place.path or place.name, item, disk)
+        if guest is None:
+            return None
+        root = GuestRoot(replace(place, ino=guest.base), parent, guest)
+        self._add(root)
+        return root
+
+    def _add_file(self, directory: Directory, name: bytes, disk: Mapped) -> None:
         node = DiskFile(
             self._place_of(self.place, name),
             lambda: disk,

@@ -35,7 +35,8 @@ class Disk(Protocol):
 class Attributes:
     """What stat(2) shows of a node.
 
-    `blocks` is in units of 512 bytes. `lasting` is True if nothing of it can change while the mount lives.
+    `blocks` is in units of 512 bytes, times are nanoseconds since the epoch. `lasting` is True if nothing of it can
+    change while the mount lives.
     """
 
     ino: int
@@ -45,7 +46,10 @@ class Attributes:
     gid: int
     size: int
     blocks: int
-    date_ns: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    rdev: int
     lasting: bool
 
 
@@ -92,6 +96,7 @@ class Node:
         self, *, size: int, nlink: int = 1, blocks: int = 0, date_ns: int | None = None, lasting: bool = True
     ) -> Attributes:
         uid, gid = self.place.owner
+        date_ns = self.place.date_ns if date_ns is None else date_ns
         return Attributes(
             ino=self.place.ino,
             mode=self.mode,
@@ -100,7 +105,10 @@ class Node:
             gid=gid,
             size=size,
             blocks=blocks,
-            date_ns=self.place.date_ns if date_ns is None else date_ns,
+            atime_ns=date_ns,
+            mtime_ns=date_ns,
+            ctime_ns=date_ns,
+            rdev=0,
             lasting=lasting,
         )
 

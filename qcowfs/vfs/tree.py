@@ -23,16 +23,19 @@ from qcowfs.snapshot import LiveDisk, open_disk
 from qcowfs.vfs import names, xattrs
 from qcowfs.vfs.faults import FaultLog
 from qcowfs.vfs.folder import Folder
-from qcowfs.vfs.inodes import ROOT, Inodes
+from qcowfs.vfs.guest import Guest, GuestRoot, Presentation
+from qcowfs.vfs.guests import Guests
+from qcowfs.vfs.inodes import INODE_BITS, ROOT, Inodes
 from qcowfs.vfs.node import Directory, Disk, DiskFile, LiveFile, Node, Place, Symlink
 
 if TYPE_CHECKING:
     from qcowfs.chain import Chain
-    from qcowfs.inside.contents import Contents
+    from qcowfs.inside.contents import Contents, Item
     from qcowfs.snapshot import Point
 
 __all__ = ["ChainDisks", "Disks", "Tree", "latest"]
 
+DEFAULT_PRESENTATION = Presentation()
 LOOK_SECONDS = 10.0  # that a listing spends on finding out which points have a directory
 
 logger = logging.getLogger("qcowfs.mount")
@@ -93,22 +96,33 @@ class Tree:
         image: the image's path, for the root's attributes.
         owner: (uid, gid) of every node.
         live: show the points that another process may be writing, too.
+        presentation: how the files inside the points are shown.
 
     Attributes:
         root: the directory that is mounted.
+        guests: the trees inside the points; there are none before it is started.
         shown: the points that have a file, in the order of `points`.
         left_out: the names of the points that are not frozen and not shown.
     """
 
     def __init__(
-        self, points: Sequence[Point], disks: Disks, *, image: str, owner: tuple[int, int], live: bool = False
+        self,
+        points: Sequence[Point],
+        disks: Disks,
+        *,
+        image: str,
+        owner: tuple[int, int],
+        live: bool = False,
+        presentation: Presentation = DEFAULT_PRESENTATION,
     ) -> None:
         self._disks = disks
         self._image = image
         self._owner = owner
         self._inodes = Inodes()
         self._faults = FaultLog()
+        self.guests = Guests(presentation, self._faults)
         self._nodes: dict[int, Node] = {}
+        self._guests: dict[int, Guest] = {}  # by what all of its inode numbers begin with
         self._folders: dict[bytes, Folder] = {}  # in the root, by name
         # Names are given to all points, so that a point has the same name whether the others are shown or not.
         named = list(zip(names.assign(points), points, strict=True))
@@ -125,6 +139,10 @@ class Tree:
             KeyError: no node has it.
         """
         return self._nodes[ino]
+
+    def guest(self, ino: int) -> Guest | None:
+        """Return the tree that has this inode number; None if it is the mount's own."""
+        return self._guests.get(ino >> INODE_BITS)
 
     def lookup(self, directory: Directory, name: bytes) -> Node | None:
         """Return the node called `name` in `directory`, None if there is none. "." and ".." are names.
@@ -144,26 +162,42 @@ class Tree:
 
     def resolved(self, directory: Directory) -> bool:
         """Tell whether all that is in `directory` is known."""
-        return directory is not self.root or all(folder.resolved for folder in self._folders.values())
+        if directory is self.root and not all(folder.resolved for folder in self._folders.values()):
+            return False
+        return all(guest.resolved for guest in self._to_open(directory))
 
-    def resolve(self) -> None:
-        """Find out which of the folders in the root are directories; reads disks: call it off the mount's thread.
+    def resolve(self, directory: Directory) -> None:
+        """Find out what is in `directory`; reads disks: call it off the mount's thread.
 
         A thousand honest points take less than a second; hostile ones may take two each, and are not waited for.
         """
         deadline = time.monotonic() + LOOK_SECONDS
-        for folder in self._folders.values():
-            if time.monotonic() > deadline:
-                logger.warning("looking into the points takes too long: some directories are not listed, but are there")
-                break
-            folder.resolve()
+        folders = self._folders.values() if directory is self.root else ()
+        unknown: list[Folder | Guest] = [folder for folder in folders if not folder.resolved]
+        while unknown:
+            for which in unknown:
+                if time.monotonic() > deadline:
+                    logger.warning(
+                        "looking into the points takes too long: some directories are not listed, but are there"
+                    )
+                    return
+                which.resolve()
+            unknown = [guest for guest in self._to_open(directory) if not guest.resolved]
+
+    def _to_open(self, directory: Directory) -> Sequence[Guest]:
+        """Return the trees in `directory` that a listing opens, so that it shows none that turns out to be none.
+
+        Where there are more than can be open at once, they are listed as they are found, and opened when entered.
+        """
+        found = [node.guest for node in self.entries(directory).values() if isinstance(node, GuestRoot)]
+        return found if len(found) <= limits.INSIDE_WORKERS else ()
 
     def entries(self, directory: Directory) -> Mapping[bytes, Node]:
-        """Return what is in `directory`, of the folders those that were resolved."""
-        if directory is not self.root:
-            return directory.entries
-        found = ((name, folder.directory) for name, folder in self._folders.items())
-        return directory.entries | {name: node for name, node in found if node is not None}
+        """Return what is in `directory`, as far as it is known; no tree that cannot be shown."""
+        found: dict[bytes, Node | None] = {**directory.entries}
+        if directory is self.root:
+            found |= {name: folder.directory for name, folder in self._folders.items()}
+        return {name: node for name, node in found.items() if node is not None and not _is_refused(node)}
 
     def xattrs(self, node: Node) -> Mapping[bytes, bytes]:
         """Return the extended attributes of `node`; the root's tell of the process that asks."""
@@ -189,7 +223,12 @@ class Tree:
     def _add_folder(self, name: bytes, point: Point) -> None:
         place = self._place(name, point.date_ns)
         look = partial(self._disks.inside, point)
-        self._folders[name] = Folder(place, self.root, look, self._place_inside, self._number, self._faults)
+        self._folders[name] = Folder(
+            place, self.root, look, self._place_inside, self._number, self._guest_of, self._faults
+        )
+
+    def _guest_of(self, path: bytes, item: Item, volume: Mapped) -> Guest | None:
+        return self.guests.guest(self._inodes.tree(b"/" + path), path, item, volume)
 
     def _file(self, name: bytes, point: Point) -> Node:
         disks = self._disks
@@ -215,7 +254,14 @@ class Tree:
         self._number(node)
 
     def _number(self, node: Node) -> None:
-        self._nodes[node.place.ino] = node
+        if isinstance(node, GuestRoot):
+            self._guests[node.guest.base >> INODE_BITS] = node.guest
+        else:
+            self._nodes[node.place.ino] = node
+
+
+def _is_refused(node: Node) -> bool:
+    return isinstance(node, GuestRoot) and node.guest.resolved and node.guest.attributes_of_root is None
 
 
 def latest(points: Iterable[Point]) -> Point | None:

@@ -27,6 +27,7 @@ ROWS = (
     ("_dataplane",),
     ("_ahead",),
     ("_handles",),
+    ("_nodes",),
     ("_mapped",),
     ("_core",),
     ("_resolve", "_clusters"),

@@ -48,3 +48,19 @@ def test_a_hash_that_is_reserved_is_passed_over(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(inodes, "_hashed", lambda path, attempt: taken if attempt == 0 else 77)
 
     assert Inodes().number(b"/a") == 77
+
+
+def test_a_tree_has_numbers_that_no_path_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inodes, "_hashed", lambda path, attempt: (5 << 40) + attempt * (1 << 40) + 3)
+    numbers = Inodes()
+
+    assert numbers.tree(b"/a/p1") == 5 << 40
+    assert numbers.number(b"/a.raw") == (6 << 40) + 3
+    assert numbers.tree(b"/b/p1") == 7 << 40
+    assert numbers.tree(b"/a/p1") == 5 << 40
+
+
+def test_a_tree_never_has_the_roots_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inodes, "_hashed", lambda path, attempt: attempt << 40)
+
+    assert Inodes().tree(b"/a/p1") == 1 << 40

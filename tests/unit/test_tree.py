@@ -40,7 +40,7 @@ def test_a_file_shows_its_points_size_and_date_and_the_owner() -> None:
 
     shown = file(tree, b"s.raw").attributes()
 
-    assert (shown.size, shown.date_ns, shown.nlink) == (123 * 512, 5 * SECOND, 1)
+    assert (shown.size, shown.mtime_ns, shown.nlink) == (123 * 512, 5 * SECOND, 1)
     assert (shown.uid, shown.gid) == OWNER
     assert shown.mode == stat.S_IFREG | 0o444
 
@@ -52,7 +52,7 @@ def test_the_root_is_a_directory_of_the_newest_date() -> None:
 
     assert shown.ino == 1
     assert shown.mode == stat.S_IFDIR | 0o555
-    assert (shown.nlink, shown.date_ns) == (1, 5 * SECOND)
+    assert (shown.nlink, shown.mtime_ns) == (1, 5 * SECOND)
 
 
 def test_every_node_is_found_by_its_number() -> None:
@@ -156,7 +156,7 @@ class TestPointsThatMayChange:
         second = live.attributes()
 
         assert (first.size, second.size) == (300, 500)
-        assert (second.date_ns, second.blocks) == (7, 16)
+        assert (second.mtime_ns, second.blocks) == (7, 16)
         assert not first.lasting
 
     def test_a_listing_never_reads_a_live_header(self) -> None:
@@ -313,8 +313,8 @@ def test_a_listing_looks_into_each_point_once() -> None:
     disks = FakeDisks()
     tree = grown([active(), snapshot(b"s")], disks)
 
-    tree.resolve()
-    tree.resolve()
+    tree.resolve(tree.root)
+    tree.resolve(tree.root)
 
     assert disks.looked == 2
 
@@ -323,7 +323,7 @@ def test_a_point_that_may_change_is_not_looked_into() -> None:
     disks = FakeDisks()
     tree = grown([active(frozen=False), snapshot(b"s")], disks, live=True)
 
-    tree.resolve()
+    tree.resolve(tree.root)
 
     assert disks.looked == 1
     assert tree.folder(tree.root, b"current") is None
@@ -337,7 +337,7 @@ def test_a_listing_does_not_wait_for_hostile_points(
     disks = FakeDisks()
     tree = grown([active(), snapshot(b"s")], disks)
 
-    tree.resolve()
+    tree.resolve(tree.root)
 
     assert disks.looked == 0
     assert "some directories are not listed" in caplog.text
