@@ -1,10 +1,12 @@
-# The data plane: threads that answer READ and LSEEK on the FUSE device, and pass everything else on to pyfuse3.
+# The data plane: threads that answer on the FUSE device what is asked often, and pass everything else on to pyfuse3.
 
 from libc.stdint cimport uint32_t, uint64_t
 
 from qcowfs._ahead cimport ahead_t
 from qcowfs._handles cimport Handles, handles_t
+from qcowfs._nodes cimport Nodes
 from qcowfs._threads cimport thread_t
+from qcowfs._treeplane cimport treeplane_t
 from qcowfs.clib.pthread cimport pthread_mutex_t
 
 
@@ -28,6 +30,7 @@ cdef struct plane_t:
     uint32_t idle  # atomic; workers that wait for a request
     uint64_t init_unique  # atomic; of FUSE_INIT, until it is answered; 0: none
     handles_t* handles
+    treeplane_t trees
     ahead_t ahead
     pthread_mutex_t lock  # of whoever adds a worker
     worker_t workers[MOST_WORKERS]
@@ -40,6 +43,7 @@ cdef struct plane_t:
 cdef class DataPlane:
     cdef plane_t c
     cdef Handles handles
+    cdef Nodes nodes
     cdef int session_fd
     cdef uint32_t helpers
     cdef bint started

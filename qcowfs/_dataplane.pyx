@@ -1,9 +1,10 @@
 # cython: language_level=3, cdivision=True
-"""The data plane: READ and LSEEK answered on the FUSE device itself, without Python.
+"""The data plane: what is asked often is answered on the FUSE device itself, without Python.
 
-Used by mount.py. Workers wait for requests on the device. What they know (a READ or LSEEK of an open file) they answer
-there; the rest goes through a socket to pyfuse3, which takes its end for the device, and a relay writes pyfuse3's
-answers to the device. docs/decisions/0006-data-plane.md says which thread does what and what ends it.
+Used by mount.py. Workers wait for requests on the device. What they know (a READ or LSEEK of an open file, and what
+`_treeplane` knows of trees inside disks) they answer there; the rest goes through a socket to pyfuse3, which takes its
+end for the device, and a relay writes pyfuse3's answers to the device. docs/decisions/0006-data-plane.md says which
+thread does what and what ends it.
 """
 
 import logging
@@ -22,17 +23,21 @@ from qcowfs._handles cimport (
     Handles, handle_end, handle_read, handle_report, handle_t, handle_warn, handles_put, handles_take,
 )
 from qcowfs._mapped cimport mapped_has_warning, mapped_read, mapped_seek
+from qcowfs._nodes cimport Nodes
+from qcowfs._reply cimport device_reply
 from qcowfs._tables cimport fault_t
 from qcowfs._threads cimport thread_start, thread_stop
+from qcowfs._treeplane cimport NOT_OURS, tree_answer, tree_list
 from qcowfs.clib.atomic cimport (
     atomic_add, atomic_load, atomic_load_64, atomic_store, atomic_store_64, atomic_subtract,
 )
 from qcowfs.clib.fuse_device cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, MSG_NOSIGNAL, SHUT_RDWR, eventfd, eventfd_write, iovec, recv, send, shutdown, writev,
+    EFD_CLOEXEC, EFD_NONBLOCK, MSG_NOSIGNAL, SHUT_RDWR, eventfd, eventfd_write, recv, send, shutdown,
 )
 from qcowfs.clib.fuse_kernel cimport (
     FUSE_AUTO_INVAL_DATA, FUSE_INIT, FUSE_INTERRUPT, FUSE_LSEEK, FUSE_MAX_PAGES, FUSE_READ, FUSE_READDIR,
-    FUSE_READDIRPLUS, fuse_in_header, fuse_init_out, fuse_lseek_in, fuse_lseek_out, fuse_out_header, fuse_read_in,
+    FUSE_READDIRPLUS, FUSE_READDIRPLUS_AUTO, fuse_in_header, fuse_init_out, fuse_lseek_in, fuse_lseek_out,
+    fuse_out_header, fuse_read_in,
 )
 from qcowfs.clib.malloc cimport use_one_arena
 from qcowfs.clib.pthread cimport (
@@ -60,16 +65,22 @@ cdef class DataPlane:
     Args:
         session_fd: the descriptor that pyfuse3 has of the device; it must have asked nothing yet.
         handles: the open files; OPEN answers with one of its numbers.
+        nodes: what is known of the inodes of trees.
         workers: threads at most that answer requests; there are as many as are ever busy at once.
         helpers: threads that decompress ahead.
     """
 
-    def __cinit__(self, int session_fd, Handles handles not None, uint32_t workers, uint32_t helpers):
+    def __cinit__(
+            self, int session_fd, Handles handles not None, Nodes nodes not None, uint32_t workers, uint32_t helpers):
         self.handles = handles
+        self.nodes = nodes
         self.session_fd = session_fd
         self.c.device = self.c.socket = self.c.ended = -1
         self.c.handles = &self.handles.c
         self.c.most = max(<uint32_t>FIRST_WORKERS, min(workers, <uint32_t>MOST_WORKERS))
+        self.c.trees.handles = &self.handles.c
+        self.c.trees.nodes = &self.nodes.c
+        self.c.trees.most_waiting = self.c.most // 2
         self.helpers = helpers
 
     def fileno(self):
@@ -123,7 +134,7 @@ cdef class DataPlane:
         self.c.ended = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if self.c.ended < 0:
             raise OSError(errno, os.strerror(errno))
-        self.c.device = os.dup(self.session_fd)
+        self.c.device = self.c.trees.device = os.dup(self.session_fd)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             for end in (ours, theirs):  # the default is the administrator's, and refuses what is larger
@@ -205,7 +216,6 @@ cdef void work(void* argument) noexcept nogil:
 
 cdef void answer(worker_t* worker, fuse_in_header* request, size_t length) noexcept nogil:
     cdef plane_t* plane = worker.plane
-    cdef fuse_read_in* listing
     if request.opcode == FUSE_READ and length >= sizeof(fuse_in_header) + sizeof(fuse_read_in):
         if answer_read(worker, request, <fuse_read_in*>(request + 1)):
             return
@@ -218,29 +228,16 @@ cdef void answer(worker_t* worker, fuse_in_header* request, size_t length) noexc
         atomic_store_64(&plane.init_unique, request.unique)
     elif (request.opcode == FUSE_READDIR or request.opcode == FUSE_READDIRPLUS) and (
             length >= sizeof(fuse_in_header) + sizeof(fuse_read_in)):
-        listing = <fuse_read_in*>(request + 1)
-        listing.size = min(listing.size, <uint32_t>LARGEST_LISTING)
+        if answer_listing(worker, request, <fuse_read_in*>(request + 1)):
+            return
+    elif tree_answer(&plane.trees, request, length):
+        return
     while send(plane.socket, request, length, MSG_NOSIGNAL) < 0:
         if errno != EINTR:  # no memory, say: who asked would wait for ever; where nobody did, the kernel drops it
-            reply(plane, request, EIO, NULL, 0)
+            device_reply(plane.device, request, EIO, NULL, 0)
             return
         if atomic_load(&plane.stopping):
             return
-
-
-cdef void reply(
-    const plane_t* plane, const fuse_in_header* request, int error, void* data, uint64_t length) noexcept nogil:
-    # Nobody may want the answer any more (ENOENT), or the mount may be gone (ENODEV): both are no concern of ours.
-    cdef fuse_out_header header
-    cdef iovec parts[2]
-    header.len = <uint32_t>(sizeof(header) + length)
-    header.error = -error
-    header.unique = request.unique
-    parts[0].iov_base = &header
-    parts[0].iov_len = sizeof(header)
-    parts[1].iov_base = data
-    parts[1].iov_len = length
-    writev(plane.device, parts, 2 if length else 1)
 
 
 cdef bint answer_read(worker_t* worker, const fuse_in_header* request, const fuse_read_in* wanted) noexcept nogil:
@@ -257,10 +254,27 @@ cdef bint answer_read(worker_t* worker, const fuse_in_header* request, const fus
     else:
         got = handle_read(handle, worker.buffer, wanted.size, wanted.offset)
     if got < 0:
-        reply(plane, request, <int>-got, NULL, 0)
+        device_reply(plane.device, request, <int>-got, NULL, 0)
     else:
-        reply(plane, request, 0, worker.buffer, <uint64_t>got)
+        device_reply(plane.device, request, 0, worker.buffer, <uint64_t>got)
     handles_put(plane.handles, handle)
+    return True
+
+
+cdef bint answer_listing(worker_t* worker, const fuse_in_header* request, fuse_read_in* wanted) noexcept nogil:
+    """Answer, or return False: it is not for us."""
+    cdef plane_t* plane = worker.plane
+    cdef int64_t got = -ENOMEM
+    wanted.size = min(wanted.size, <uint32_t>LARGEST_LISTING)
+    if have_buffer(worker, wanted.size):
+        got = tree_list(
+            &plane.trees, wanted.fh, wanted.offset, request.opcode == FUSE_READDIRPLUS, worker.buffer, wanted.size)
+    if got == NOT_OURS:
+        return False
+    if got < 0:
+        device_reply(plane.device, request, <int>-got, NULL, 0)
+    else:
+        device_reply(plane.device, request, 0, worker.buffer, <uint64_t>got)
     return True
 
 
@@ -322,9 +336,9 @@ cdef bint answer_seek(plane_t* plane, const fuse_in_header* request, const fuse_
     else:
         error = seek_in_data(handle, wanted.offset, data, &found.offset)
     if error:
-        reply(plane, request, error, NULL, 0)
+        device_reply(plane.device, request, error, NULL, 0)
     else:
-        reply(plane, request, 0, &found, sizeof(found))
+        device_reply(plane.device, request, 0, &found, sizeof(found))
     handles_put(plane.handles, handle)
     return True
 
@@ -361,6 +375,7 @@ cdef void relay(void* argument) noexcept nogil:
 cdef void amend_init(fuse_init_out* answer) noexcept nogil:
     """Say of this mount what libfuse cannot know: reads are large and many, writes are none, files do not change."""
     answer.flags &= ~<uint32_t>FUSE_AUTO_INVAL_DATA  # with it the kernel asks for attributes before it reads
+    answer.flags &= ~<uint32_t>FUSE_READDIRPLUS_AUTO  # with it the kernel looks every second name up by itself
     answer.max_write = LARGEST_WRITE
     answer.max_background = BACKGROUND
     answer.congestion_threshold = BACKGROUND * 3 // 4

@@ -1,22 +1,22 @@
 # cython: language_level=3, cdivision=True
 """The table of open files: what FUSE's `fh` stands for.
 
-Used by `_ahead` and `_dataplane`. `attach` and `detach` are for the thread that answers OPEN and RELEASE; taking and
-putting back is for any thread, without the GIL. A file that is detached while somebody reads it lives until that read
-has ended. One mutex, never held while anything else is waited for.
+Used by `_ahead`, `_dataplane` and `_treeplane`. `attach` and `detach` are for the thread that answers OPEN and RELEASE
+with Python; all else is for any thread, without the GIL. A file that is detached while somebody reads it lives until
+that read has ended. One mutex, never held while anything else is waited for.
 """
 
 import logging
 
-from libc.errno cimport EIO
+from libc.errno cimport EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF
 
 from qcowfs._core cimport Disk
-from qcowfs._mapped cimport Mapped
+from qcowfs._mapped cimport Mapped, mapped_part
 from qcowfs._tables cimport fault_t
 from qcowfs.clib.pthread cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
@@ -27,6 +27,7 @@ cdef enum:
 
 logger = logging.getLogger("qcowfs.dataplane")
 
+cdef uint64_t DIRECTORY_HANDLE = <uint64_t>1 << 62
 cdef uint64_t NOWHERE = <uint64_t>-1  # no read begins there
 
 
@@ -78,16 +79,33 @@ cdef class Handles:
 
     def detach(self, uint64_t number):
         """Forget the file of this number; who reads it now reads on."""
-        cdef handle_t* handle
         with nogil:
-            handle = remove(&self.c, number)
-            if handle != NULL:
-                handles_put(&self.c, handle)
+            handles_close(&self.c, number)
+
+    def directory(self, uint64_t fh):
+        """Return (guest, inode number) of a directory that the data plane opened, by FUSE's fh.
+
+        Raises:
+            KeyError: there is none.
+        """
+        cdef handle_t* handle = handles_take(&self.c, fh & ~DIRECTORY_HANDLE) if fh & DIRECTORY_HANDLE else NULL
+        if handle == NULL:
+            raise KeyError(fh)
+        found = <object>handle.file, handle.inode
+        handles_put(&self.c, handle)
+        return found
 
 
 cdef void free_handle(handle_t* handle) noexcept:
-    Py_DECREF(<object>handle.keeper)
-    Py_DECREF(<object>handle.file)
+    if handle.tree == NULL:
+        Py_DECREF(<object>handle.keeper)
+        Py_DECREF(<object>handle.file)
+    free_memory(handle)
+
+
+cdef void free_memory(handle_t* handle) noexcept nogil:
+    free(handle.own.runs)
+    free(handle.page.entries)
     free(handle)
 
 
@@ -155,9 +173,54 @@ cdef void handles_put(handles_t* handles, handle_t* handle) noexcept nogil:
     handle.references -= 1
     references = handle.references
     pthread_mutex_unlock(&handles.lock)
-    if references == 0:
+    if references == 0 and handle.tree != NULL:
+        free_memory(handle)
+    elif references == 0:
         with gil:
             free_handle(handle)
+
+
+cdef handle_t* handles_open(handles_t* handles, const node_t* node, bint directory) noexcept nogil:
+    cdef handle_t* handle = <handle_t*>calloc(1, sizeof(handle_t))
+    if handle == NULL:
+        return NULL
+    handle.references = 1
+    handle.next = NOWHERE
+    handle.tree = node.tree
+    handle.keeper = node.tree.keeper
+    handle.file = node.tree.guest
+    handle.inode = node.inode.ino
+    if not directory:
+        handle.mapped = &handle.own
+        if mapped_part(node.tree.volume, node.inode.size, node.extent, node.extents, NULL, 0, &handle.own) != 0:
+            free_memory(handle)
+            return NULL
+    if not add(handles, handle):
+        free_memory(handle)
+        return NULL
+    return handle
+
+
+cdef void handles_close(handles_t* handles, uint64_t number) noexcept nogil:
+    cdef handle_t* handle = remove(handles, number)
+    if handle != NULL:
+        handles_put(handles, handle)
+
+
+cdef void handle_take_page(handles_t* handles, handle_t* handle, page_t* page) noexcept nogil:
+    pthread_mutex_lock(&handles.lock)
+    page[0] = handle.page
+    handle.page.entries = NULL
+    pthread_mutex_unlock(&handles.lock)
+
+
+cdef void handle_put_page(handles_t* handles, handle_t* handle, page_t* page) noexcept nogil:
+    cdef char* other
+    pthread_mutex_lock(&handles.lock)
+    other = handle.page.entries  # two listed at once
+    handle.page = page[0]
+    pthread_mutex_unlock(&handles.lock)
+    free(other)
 
 
 cdef void handle_warn(handle_t* handle) noexcept with gil:
@@ -176,7 +239,10 @@ cdef void handle_report(handle_t* handle, const fault_t* fault, uint32_t number)
             error = (<Mapped>handle.keeper).read_fault(fault, number)
         else:
             error = (<Disk>handle.keeper).read_fault(fault)
-        (<object>handle.file).report(error)
+        if handle.tree != NULL:
+            (<object>handle.file).report(handle.inode, error)
+        else:
+            (<object>handle.file).report(error)
     except Exception:
         logger.exception("internal error")
 
@@ -199,8 +265,25 @@ cdef int64_t handle_end(handle_t* handle) noexcept with gil:
         return -errno_of(error)
 
 
+cdef int handle_fill_page(handle_t* handle, uint64_t cookie, page_t* page) noexcept with gil:
+    cdef bytes entries
+    free(page.entries)
+    memset(page, 0, sizeof(page_t))
+    page.cookie = cookie
+    try:
+        entries = (<object>handle.file).page(handle.inode, cookie)
+        page.length = <uint64_t>PyBytes_GET_SIZE(entries)
+        page.entries = <char*>malloc(page.length + 1)
+        if page.entries == NULL:
+            return ENOMEM
+        memcpy(page.entries, PyBytes_AS_STRING(entries), page.length)
+        return 0
+    except Exception as error:
+        return errno_of(error)
+
+
 cdef int errno_of(error) except? EIO:
     number = getattr(error, "errno", None)
     if number is None:
-        logger.error("internal error in a read", exc_info=error)
+        logger.error("internal error in an answer", exc_info=error)
     return number or EIO

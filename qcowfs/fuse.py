@@ -172,8 +172,11 @@ class Operations(pyfuse3.Operations):
         self._next_listing += 1
         return self._next_listing - 1
 
+    @translated
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        listing = self._listings[fh]
+        listing = self._listings.get(fh)
+        if listing is None:  # one that the data plane opened, and has no time for
+            listing = GuestListing(*self._handles.directory(fh))
         if isinstance(listing, GuestListing):
             await self._readdir_inside(listing, start_id, token)
             return
@@ -185,7 +188,6 @@ class Operations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, name, _entry(node.listed(), settled=settled), place + 1):
                 break
 
-    @translated
     async def _readdir_inside(self, listing: GuestListing, cookie: int, token: ReaddirToken) -> None:
         while entries := await self._ask(listing.after, cookie):
             for entry in entries:
@@ -204,8 +206,8 @@ class Operations(pyfuse3.Operations):
         if guest := await self._guest(inode):
             inside = await self._ask(guest.open, inode)
             return self._attached(inside, inside.disk)
-        file = self._file(inode)
-        return self._attached(file, file.open())
+        node = self._file(inode)
+        return self._attached(node, node.open())
 
     def _attached(self, file: RawFile | GuestFile, disk: object) -> FileInfo:
         fh = self._handles.attach(disk if isinstance(disk, Disk | Mapped) else None, file)

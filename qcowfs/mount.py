@@ -198,7 +198,8 @@ class Session:
 
         (descriptor,) = _fuse_descriptors() - others
         cores = len(os.sched_getaffinity(0))
-        plane = DataPlane(descriptor, handles, workers=min(2 * cores, MAX_WORKERS), helpers=min(cores - 1, MAX_HELPERS))
+        workers, helpers = min(2 * cores, MAX_WORKERS), min(cores - 1, MAX_HELPERS)
+        plane = DataPlane(descriptor, handles, self._tree.guests.nodes, workers=workers, helpers=helpers)
         try:
             plane.start()
         except (OSError, MemoryError) as error:

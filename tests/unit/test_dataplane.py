@@ -21,6 +21,7 @@ from qcowfs._cache import Cache
 from qcowfs._core import Disk
 from qcowfs._dataplane import DataPlane
 from qcowfs._handles import Handles
+from qcowfs._nodes import Nodes
 from qcowfs._source import FileSource
 from qcowfs._tables import LayerMap
 from tests.support.mounts import REPOSITORY
@@ -54,7 +55,7 @@ def request(opcode: int, unique: int, body: bytes = b"") -> bytes:
 def started(handles: Handles) -> Iterator[tuple[socket.socket, socket.socket]]:
     """Start a plane; gives the kernel's end of the device, and pyfuse3's end of what the plane passes on."""
     kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    plane = DataPlane(device.fileno(), handles, workers=8, helpers=0)
+    plane = DataPlane(device.fileno(), handles, Nodes(), workers=8, helpers=0)
     with kernel, device:
         kernel.settimeout(10)
         plane.start()

@@ -1,0 +1,10 @@
+# One answer to the kernel, by whichever thread has it.
+
+from libc.stdint cimport uint64_t
+
+from qcowfs.clib.fuse_kernel cimport fuse_in_header
+
+
+# `error` is 0 or an errno; with an error there is no data.
+cdef void device_reply(
+    int device, const fuse_in_header* request, int error, const void* data, uint64_t length) noexcept nogil
