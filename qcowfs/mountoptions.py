@@ -24,17 +24,23 @@ _FLAGS = {
     "no_lock": "no_lock",
     "nolock": "no_lock",
     "nonempty": "nonempty",
+    "norecovery": "norecovery",
     "rw": "rw",
 }
 _VALUES = {"image_format": "image_format", "log_file": "log_file"}
+_CHOICES = {"symlinks": ("raw", "contain")}
 _SIZES = {"cache_size": "cache_size"}
+_IDS = ("uid", "gid")
 _LISTS = {"allow_backing": "allow_backing"}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}  # as qemu-img takes them, and with "iB" as it prints them
 _SIZE = re.compile(r"(\d{1,12})([KMG]?)(?:iB)?", re.IGNORECASE | re.ASCII)
 
+LAST_ID = (1 << 32) - 2  # of users and groups; one more means "none" to the kernel
+
 KNOWN = (
-    *("allow_backing=DIR|any", "allow_other", "allow_root", "auto_unmount", "cache_size=SIZE", "image_format=FORMAT"),
-    *("live", "log_file=FILE", "no_data_plane", "no_lock", "nonempty", "ro"),
+    *("allow_backing=DIR|any", "allow_other", "allow_root", "auto_unmount", "cache_size=SIZE", "gid=N"),
+    *("image_format=FORMAT", "live", "log_file=FILE", "no_data_plane", "no_lock", "nonempty", "norecovery", "ro"),
+    *("symlinks=raw|contain", "uid=N", "umask=OCTAL"),
 )
 
 # Kernel mount flags and fstab's own words (mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS). A FUSE mount is nosuid
@@ -61,7 +67,11 @@ class MountOptions:
         allow_other, allow_root: let others, or root, into a mount (FUSE's own words).
         auto_unmount: let the mount vanish when its daemon dies, instead of staying dead.
         nonempty: mount over a directory that is not empty, or over another mount.
+        norecovery: show the files inside as they are on the disk, with no journal replayed.
         rw: somebody asked for a writable mount; there is none.
+        symlinks: "raw", as they are stored, or "contain", so that none leads out of its tree.
+        uid, gid: of all files inside; -1: as stored.
+        umask: bits that are taken from the modes of the files and directories inside.
         allow_backing, cache_size, no_data_plane, no_lock, live, image_format, log_file: as the options of `qcowfs
             mount`.
     """
@@ -73,7 +83,12 @@ class MountOptions:
     no_data_plane: bool = False
     no_lock: bool = False
     nonempty: bool = False
+    norecovery: bool = False
     rw: bool = False
+    symlinks: str = "raw"
+    uid: int = -1
+    gid: int = -1
+    umask: int = 0
     allow_backing: tuple[str, ...] = ()
     cache_size: int = limits.DEFAULT_CACHE_SIZE
     image_format: str | None = None
@@ -121,6 +136,12 @@ def _take(word: str, found: _Found) -> bool:
         found[_VALUES[key]] = _required(key, value)
     elif equals and key in _SIZES:
         found[_SIZES[key]] = cache_size(_required(key, value))
+    elif equals and key in _CHOICES:
+        found[key] = _chosen(key, value)
+    elif equals and key in _IDS:
+        found[key] = _number(key, value, 10, LAST_ID)
+    elif equals and key == "umask":
+        found[key] = _number(key, value, 8, 0o777)
     elif equals and key in _LISTS:
         before = found.get(_LISTS[key], ())
         assert isinstance(before, tuple)
@@ -136,6 +157,22 @@ def _required(key: str, value: str) -> str:
     if not value:
         raise UsageError(f"the mount option {key} needs a value")
     return value
+
+
+def _chosen(key: str, value: str) -> str:
+    if value not in _CHOICES[key]:
+        raise UsageError(f"the mount option {key} is {' or '.join(_CHOICES[key])}, not '{printable(value)}'")
+    return value
+
+
+def _number(key: str, value: str, base: int, last: int) -> int:
+    digits = "01234567" if base == 8 else "0123456789"
+    if not value or value.strip(digits) or len(value) > 10 or int(value, base) > last:
+        kind = "an octal number" if base == 8 else "a number"
+        raise UsageError(
+            f"the mount option {key} is {kind} up to {last:{'o' if base == 8 else 'd'}}, not '{printable(value)}'"
+        )
+    return int(value, base)
 
 
 def _words(texts: Iterable[str]) -> Iterator[str]:

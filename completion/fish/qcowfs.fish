@@ -65,7 +65,7 @@ complete -c qcowfs -n '_shtab_qcowfs_using mount' -l allow-backing -xka "(__fish
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -s f -l foreground -d 'stay in the foreground; Ctrl-C unmounts'
-complete -c qcowfs -n '_shtab_qcowfs_using mount' -s o -x -d 'mount options: allow_backing=DIR|any, allow_other, allow_root, auto_unmount, cache_size=SIZE, image_format=FORMAT, live, log_file=FILE, no_data_plane, no_lock, nonempty, ro'
+complete -c qcowfs -n '_shtab_qcowfs_using mount' -s o -x -d 'mount options: allow_backing=DIR|any, allow_other, allow_root, auto_unmount, cache_size=SIZE, gid=N, image_format=FORMAT, live, log_file=FILE, no_data_plane, no_lock, nonempty, norecovery, ro, symlinks=raw|contain, uid=N, umask=OCTAL'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l allow-other -d 'let other users read the mount'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l live -d 'show what another process is writing, too, as it is now'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l log-file -xka "(__fish_complete_path (commandline -ct))" -d 'log to FILE instead of syslog'

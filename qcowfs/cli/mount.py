@@ -20,6 +20,7 @@ from qcowfs.errors import FuseUnavailable, UsageError, printable
 from qcowfs.limits import DEFAULT_CACHE_SIZE
 from qcowfs.mount import Session, check_fuse, notify_systemd
 from qcowfs.mountoptions import MountOptions
+from qcowfs.vfs.guest import Presentation
 from qcowfs.vfs.names import SUFFIX
 from qcowfs.vfs.tree import ChainDisks, Tree
 
@@ -153,13 +154,24 @@ def _tree(chain: Chain, options: MountOptions) -> Tree:
     owner = (os.getuid(), os.getgid())
     points = snapshot.points(chain)
     disks = ChainDisks(chain, options.cache_size)
-    tree = Tree(points, disks, image=os.path.abspath(chain.image), owner=owner, live=options.live)
+    image, shown = os.path.abspath(chain.image), _presentation(options)
+    tree = Tree(points, disks, image=image, owner=owner, live=options.live, presentation=shown)
     if tree.left_out:
         names = ", ".join(name + SUFFIX for name in tree.left_out[:3])
         more = f" and {len(tree.left_out) - 3} more" if len(tree.left_out) > 3 else ""
         what = "is left out: another process has the image open for writing; --live shows it as it is at each read"
         logger.warning("%s: %s%s %s", printable(chain.image), names, more, what)
     return tree
+
+
+def _presentation(options: MountOptions) -> Presentation:
+    return Presentation(
+        uid=options.uid,
+        gid=options.gid,
+        umask=options.umask,
+        recover=not options.norecovery,
+        contain=options.symlinks == "contain",
+    )
 
 
 def _serve_here(session: Session, args: argparse.Namespace, tree: Tree, log: logging.Handler | None) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from qcowfs.errors import QcowfsError, TreeFault, printable
 from qcowfs.inside.record import ENTRY, EXTENT, INODE, INODE_BITS, UNMAPPED, Inode
 from qcowfs.vfs.faults import FaultLog
+from qcowfs.vfs.links import Depths, contained
 from qcowfs.vfs.node import Attributes, Directory, Node, Place
 from qcowfs.vfs.xattrs import PREFIX
 
@@ -30,7 +31,8 @@ __all__ = ["Entry", "Guest", "GuestFile", "GuestListing", "GuestRoot", "Presenta
 
 PAGE = 64 << 10  # bytes of entries that are asked for at once: some 300, of which the kernel takes 20 at a time
 TRUSTED = b"trusted."  # attributes that only root may see, says xattr(7)
-SILENT = frozenset((errno.ENOENT, errno.ENODATA, errno.ENOTDIR, errno.EISDIR, errno.EINVAL))  # asked for, not damaged
+# Faults of who asks, not of what is asked.
+SILENT = frozenset((errno.ENOENT, errno.ENODATA, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ESTALE))
 SECOND = 1_000_000_000  # nanoseconds
 NUMBERS = (1 << INODE_BITS) - 1
 
@@ -45,12 +47,14 @@ class Presentation:
         uid, gid: instead of the stored ones; -1: as stored.
         umask: bits that are taken away from the modes of files and directories.
         recover: as the guest's next boot would find them, not as they are on the disk.
+        contain: symbolic links lead to the same place in the tree, and never out of it.
     """
 
     uid: int = -1
     gid: int = -1
     umask: int = 0
     recover: bool = True
+    contain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class Guest:
         self._tree: Tree | None = None
         self._root = 0
         self._facts: Mapping[str, str] = {}
+        self._depths = Depths(base) if presentation.contain else None
         self.resolved = False
         self.attributes_of_root: Attributes | None = None
 
@@ -145,7 +150,10 @@ class Guest:
                 if fault.errno != errno.ENOENT:
                     raise
                 return None
-            return self._shown(self._nodes.inode(self.base, tree.stat(ino)))
+            found = self._shown(self._nodes.inode(self.base, tree.stat(ino)))
+            if self._depths is not None:
+                self._depths.learn(number, found.ino)
+            return found
 
     def page(self, number: int, cookie: int) -> bytes:
         """Return some entries of a directory (record.pack_entry), as the mount shows them; b"" after the last.
@@ -157,12 +165,17 @@ class Guest:
             TreeFault: they cannot be read.
         """
         with self._reported():
-            return self._nodes.page(self.base, self._opened().entries(self._ino(number), cookie, PAGE))
+            page = self._nodes.page(self.base, self._opened().entries(self._ino(number), cookie, PAGE))
+            if self._depths is not None:
+                for entry in _unpacked(page):
+                    self._depths.learn(number, entry.attributes.ino)
+            return page
 
     def readlink(self, number: int) -> bytes:
-        """Return the target of a symbolic link, as it is stored."""
+        """Return the target of a symbolic link, as it is stored or contained."""
         with self._reported():
-            return self._opened().readlink(self._ino(number))
+            target = self._opened().readlink(self._ino(number))
+            return target if self._depths is None else contained(target, self._depths.of(number))
 
     def xattrs(self, number: int, *, privileged: bool) -> list[bytes]:
         """Return the names of an inode's extended attributes; those that only root may see if `privileged`."""

@@ -79,7 +79,8 @@ class Guests:
             return None
         recover = self._presentation.recover
         make_tree = partial(Tree, self._launcher, name, found.kind, volume.virtual_size, volume.pread, recover)
-        facts = {"filesystem": found.kind, "label": found.label, "uuid": found.uuid}
+        recovery = "" if recover or found.clean is not False else "not done, though it is needed"
+        facts = {"filesystem": found.kind, "label": found.label, "uuid": found.uuid, "recovery": recovery}
         known = {key: value for key, value in facts.items() if value}
         return Guest(base, known, make_tree, volume, self.nodes, self._presentation, self._faults)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import need
+from tests.support.crash import Kind, crash
 from tests.support.crash import mounted as loop_mounted
 from tests.support.disks import run
 from tests.support.mounts import Mounted, Person, call, mounted, qemu, shell, wait_until
@@ -218,6 +219,59 @@ def test_diff_finds_no_difference(bare: Path, judged: tuple[Path, Path], target:
         told = shell("diff -r --no-dereference $1 $2 || true", target / "current", judged[1])
     # Two pipes always differ for diff.
     assert ["is a fifo"] == [line[-9:] for line in told.splitlines()], told
+
+
+@PLANES
+def test_owners_and_modes_can_be_mapped(bare: Path, target: Path, more: list[str]) -> None:
+    with mounted(bare, target, "-o", "uid=1234,gid=5678,umask=077", *more):
+        listed = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(target / "current")}
+        for name in ("etc", "secret", "empty", "fast"):
+            for found in (listed[name], os.lstat(target / "current" / name)):
+                assert (found.st_uid, found.st_gid) == (1234, 5678)
+                assert stat.S_ISLNK(found.st_mode) or not found.st_mode & 0o077
+        assert (listed["fast"].st_mode, listed["etc"].st_mode) == (stat.S_IFLNK | 0o777, stat.S_IFDIR | 0o700)
+
+
+@PLANES
+def test_links_are_text_unless_they_shall_be_contained(
+    states: tuple[Path, Path], target: Path, tmp_path: Path, more: list[str]
+) -> None:
+    raw = tmp_path / "disk.raw"
+    shutil.copy(states[0], raw)
+    with loop_mounted(raw) as root:
+        (root / "deep" / "absolute").symlink_to("/etc/fstab")
+        (root / "deep" / "out").symlink_to("../../../../../../etc/passwd")
+        (root / "deep" / "to-root").symlink_to("/")
+        os.link(root / "deep" / "absolute", root / "deep" / "er" / "hard", follow_symlinks=False)
+    with mounted(raw, target, "--image-format", "raw", *more):
+        assert os.readlink(target / "current" / "deep" / "absolute") == "/etc/fstab"
+    with mounted(raw, target, "--image-format", "raw", "-o", "symlinks=contain", *more):
+        deep = target / "current" / "deep"
+        assert (deep / "er" / "hard").read_text() == "first\n"
+        assert (deep / "absolute").read_text() == "first\n"
+        assert os.readlink(deep / "absolute") == "../etc/fstab"
+        assert os.readlink(deep / "out") == "../etc/passwd"
+        assert not (deep / "out").exists()
+        assert sorted(os.listdir(deep / "to-root")) == sorted(os.listdir(target / "current"))
+
+
+def test_a_journal_is_replayed_unless_it_shall_not_be(target: Path, tmp_path: Path) -> None:
+    image = crash(tmp_path, Kind("mounted", ("-t", "ext4"), steps=300), 7)
+    recovered = tmp_path / "recovered"
+    shutil.copy(image, recovered)
+    with mounted(image, target, "--image-format", "raw"):
+        found = describe(target / "current", atime=False)
+        assert os.getxattr(target / "current", "user.qcowfs.recovery").startswith(b"jbd2: ")
+    with loop_mounted(recovered) as root:
+        assert found == describe(root, atime=False)
+    with mounted(image, target, "--image-format", "raw", "-o", "norecovery"), loop_mounted(image, "ro,noload") as root:
+        assert os.getxattr(target / "current", "user.qcowfs.recovery") == b"not done, though it is needed"
+        assert names(target / "current") == names(root) != found.keys()
+
+
+def names(path: Path) -> set[bytes]:
+    top = os.fsencode(path)
+    return {b"", *(os.path.relpath(os.path.join(at, n), top) for at, ds, fs in os.walk(top) for n in (*ds, *fs))}
 
 
 class TestWhatCannotBeShown:

@@ -20,6 +20,7 @@ def test_no_words_are_the_defaults() -> None:
         ("auto_unmount", "auto_unmount"),
         ("live", "live"),
         ("no_data_plane", "no_data_plane"),
+        ("norecovery", "norecovery"),
         ("no_lock", "no_lock"),
         ("nolock", "no_lock"),
         ("nonempty", "nonempty"),
@@ -53,6 +54,9 @@ def test_a_comma_in_a_value_is_escaped_or_quoted(text: str) -> None:
 
 def test_a_backslash_escapes_itself() -> None:
     assert parse([r"allow_backing=/a\\b"]).allow_backing == ("/a\\b",)
+
+
+EXAMPLES = {"SIZE": "8M", "N": "1", "OCTAL": "22", "raw|contain": "contain"}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,7 @@ def test_every_known_word_is_accepted() -> None:
     for known in KNOWN:
         word, _, value = known.partition("=")
         if word != "allow_root":
-            assert parse([f"{word}={'8M' if value == 'SIZE' else '/x'}" if value else word]) is not None
+            assert parse([f"{word}={EXAMPLES.get(value, '/x')}" if value else word]) is not None
 
 
 @pytest.mark.parametrize(
@@ -148,3 +152,27 @@ def test_a_size_that_no_cache_can_have_is_an_error_with_a_hint(text: str) -> Non
     assert f"'{text}'" in str(failure.value)
     assert failure.value.hint == "from 1M on, with K, M or G behind it"
     assert failure.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "expected"),
+    [
+        ("uid=0", "uid", 0),
+        ("gid=4294967294", "gid", 4294967294),
+        ("umask=027", "umask", 0o27),
+        ("umask=777", "umask", 0o777),
+        ("symlinks=contain", "symlinks", "contain"),
+        ("symlinks=raw", "symlinks", "raw"),
+    ],
+)
+def test_how_the_files_inside_are_shown(word: str, key: str, expected: object) -> None:
+    assert getattr(parse([word]), key) == expected
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["uid=", "uid=-1", "uid=4294967295", "uid=root", "gid=1e3", "gid= 1", "umask=8", "umask=1000", "symlinks=follow"],
+)
+def test_what_is_no_owner_or_mask_or_choice_is_refused(word: str) -> None:
+    with pytest.raises(UsageError, match=f"the mount option {word.partition('=')[0]} "):
+        parse([word])
