@@ -26,19 +26,22 @@ def die_with_parent(bytes name):
 
 
 def confine(unsigned long long memory, unsigned long long cpu_seconds):
-    """Confine this process, which has one thread; return the words for what could be done.
+    """Confine this process, which has one thread and dies with its parent; return the words for what could be done.
 
     Args:
         memory: bytes of address space, those that are mapped already among them.
         cpu_seconds: processor time that it may take in its life.
     """
     done = []
+    parent = os.getppid()
     if prctl(PR_SET_NO_NEW_PRIVS, 1L, 0, 0, 0) == 0:
         done.append("no-new-privs")
     done.extend(become_nobody())
     # Becoming somebody else has cleared the one, and given the other back, so they come after it.
     prctl(PR_SET_PDEATHSIG, <long>SIGKILL, 0, 0, 0)
     prctl(PR_SET_DUMPABLE, 0L, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)  # it ended in between, unnoticed
     abi = qcowfs_landlock()
     if abi > 0:
         done.append(f"landlock-{abi}")

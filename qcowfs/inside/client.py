@@ -1,8 +1,8 @@
 """A tree of files inside a volume, as the mount process asks for it; a worker process answers.
 
 Used by the vfs and the commands. Any number of threads; one request of a tree at a time, and the thread that asks
-serves the worker's questions for bytes meanwhile. The worker starts with the first request, may be ended whenever it is
-idle, and starts again by itself. It is not trusted: see answer.py.
+serves the worker's questions for bytes meanwhile. The worker starts with the first request, may be ended (or killed by
+anybody) whenever it is idle, and starts again by itself. It is not trusted: see answer.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TypeVar
 from qcowfs import limits
 from qcowfs.errors import QcowfsError, TreeFault, printable
 from qcowfs.inside import answer
-from qcowfs.inside.launcher import Launcher
+from qcowfs.inside.allowance import Allowance, Overdrawn
+from qcowfs.inside.launcher import Launcher, Worker
 from qcowfs.inside.reader import Extents
 from qcowfs.inside.wire import ERROR, OPEN, RANGE, WANT, Kind, receive, send
 
@@ -30,6 +31,7 @@ T = TypeVar("T")
 REASONS = {
     "SIGPROF": f"it took longer than {limits.INSIDE_REQUEST_SECONDS} s",
     "SIGSYS": "SIGSYS, a system call that no reader needs",
+    "SIGKILL": "SIGKILL, from somebody else or for want of memory",
 }
 
 
@@ -62,9 +64,8 @@ class Tree:
         self._read = read
         self._recover = recover
         self._lock = threading.Lock()
-        self._channel: socket.socket | None = None
-        self._pid = 0
-        self._number = 0
+        self._worker: Worker | None = None
+        self._number = 0  # of the last request
         self._crashes: deque[float] = deque(maxlen=limits.INSIDE_RESTARTS + 1)
         self._refusal = ""
         self._closed = False
@@ -81,14 +82,14 @@ class Tree:
         """The root's inode number."""
         with self._lock:
             if not self._root:
-                self._begin()
+                self._start()
             return self._root
 
     def facts(self) -> dict[str, str]:
         """Return what `list -v` shows beyond kind, label and UUID, and under "sandbox" how the worker is confined."""
         with self._lock:
             if not self._root:
-                self._begin()
+                self._start()
             return dict(self._facts)
 
     def stat(self, ino: int) -> bytes:
@@ -146,12 +147,17 @@ class Tree:
 
     def _ask(self, kind: Kind, request: bytes, check: Callable[[bytes], T]) -> T:
         with self._lock:
-            if self._channel is None:
-                self._begin()
-            self._launcher.touch(self)
-            return self._exchange(kind, request, check)
+            if self._worker is not None and _has_ended(self._worker.channel):
+                logger.info("%s: its reader ended while it was idle: %s", printable(self._name), self._end())
+            if self._worker is None:
+                self._start()
+            try:
+                return self._exchange(kind, request, check)
+            finally:
+                if self._worker is not None and self._launcher.places.used(self):
+                    self._end()
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         """Start a worker and open the tree."""
         if self._refusal:
             raise self._fault(errno.ENOTSUP, self._refusal)
@@ -159,11 +165,7 @@ class Tree:
             raise self._fault(errno.EIO, "it was closed")
         if len(self._crashes) > limits.INSIDE_RESTARTS and not self._forgiven():
             raise self._fault(errno.EIO, "its reader crashes again and again")
-        try:
-            self._channel, self._pid = self._launcher.spawn(self._kind)
-        except OSError as error:
-            raise self._fault(errno.EIO, f"its reader cannot be started: {error}") from error
-        self._launcher.touch(self)
+        self._worker = self._new_worker()
         try:
             request = OPEN.pack(self._size, self._recover)
             self._root, facts = self._exchange(Kind.OPEN, request, _opened)
@@ -171,7 +173,22 @@ class Tree:
             self._end()
             raise
         self._facts = {_text(name): _text(value) for name, value in facts.items()}
-        logger.debug("%s: a worker reads it: %s", printable(self._name), self._facts.get("sandbox", ""))
+        sandbox = self._facts.get("sandbox", "")
+        logger.debug("%s: process %d reads it: %s", printable(self._name), self._worker.pid, printable(sandbox))
+
+    def _new_worker(self) -> Worker:
+        try:
+            self._launcher.places.take(self)
+        except OSError as error:
+            number = errno.EAGAIN if error.errno == errno.EAGAIN else errno.EIO
+            raise self._fault(number, f"its reader cannot be started: {error.strerror}") from error
+        try:
+            return self._launcher.spawn(self._kind)
+        except BaseException as error:
+            self._launcher.places.leave(self)
+            if isinstance(error, OSError):
+                raise self._fault(errno.EIO, f"its reader cannot be started: {error}") from error
+            raise
 
     def _forgiven(self) -> bool:
         return time.monotonic() - self._crashes[0] > limits.INSIDE_RESTART_SECONDS
@@ -184,6 +201,8 @@ class Tree:
             raise self._crashed("it broke off") from error
         except TimeoutError as error:
             raise self._crashed(f"no answer within {limits.INSIDE_ANSWER_SECONDS} s") from error
+        except Overdrawn as error:
+            raise self._crashed(str(error)) from error
         except (OSError, ValueError) as error:
             raise self._crashed(f"it answered nonsense ({error})") from error
         except TreeFault:
@@ -194,28 +213,27 @@ class Tree:
 
     def _answer(self, request: Kind, body: bytes) -> bytes:
         """Send a request, serve what the worker wants to read meanwhile, and return its answer."""
-        channel = self._channel
-        assert channel is not None
+        assert self._worker is not None
+        channel = self._worker.channel
         self._number = number = (self._number + 1) & 0xFFFF
-        deadline = time.monotonic() + limits.INSIDE_ANSWER_SECONDS
-        channel.settimeout(limits.INSIDE_ANSWER_SECONDS)
-        self._send(request, body)
+        allowance = Allowance()
+        self._send(channel, request, body, allowance)
         while True:
-            kind, answered, found = receive(channel, limits.INSIDE_ANSWER, deadline)
+            kind, answered, found = receive(channel, limits.INSIDE_ANSWER, allowance.deadline)
             if answered != number:
                 raise ValueError("to another request")
             if kind == Kind.ANSWER:
                 return found
             if kind != Kind.WANT:
                 raise self._told(kind, found, request)
-            self._send(*self._wanted(found))
-            if time.monotonic() > deadline:
-                raise TimeoutError
+            with allowance.paused():
+                reply = self._wanted(found)
+            allowance.charge(len(reply[1]))
+            self._send(channel, *reply, allowance)
 
-    def _send(self, kind: Kind, body: bytes) -> None:
-        assert self._channel is not None
+    def _send(self, channel: socket.socket, kind: Kind, body: bytes, allowance: Allowance) -> None:
         try:
-            send(self._channel, kind, self._number, body)
+            send(channel, kind, self._number, body, allowance.deadline)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise EOFError from error
 
@@ -251,18 +269,32 @@ class Tree:
         return self._fault(errno.EIO, printable(what))
 
     def _end(self) -> str:
-        """End the worker, if there is one; return how it had ended by itself."""
-        if self._channel is None:
+        """End the worker, if there is one; return how it had ended by itself.
+
+        Its socket stays open so long: a worker that finds it closed ends by itself, and that would be the answer.
+        """
+        worker, self._worker = self._worker, None
+        if worker is None:
             return ""
-        self._channel.close()
-        self._channel = None
-        self._launcher.forget(self)
-        how = self._launcher.end(self._pid)
-        self._pid = 0
-        return how
+        try:
+            return self._launcher.end(worker)
+        finally:
+            worker.channel.close()
+            self._launcher.places.leave(self)
 
     def _fault(self, number: int, what: str) -> TreeFault:
         return TreeFault(self._name, what, number)
+
+
+def _has_ended(channel: socket.socket) -> bool:
+    """Tell whether the worker at the other end is gone, before it is asked anything."""
+    channel.setblocking(False)
+    try:
+        return not channel.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _opened(body: bytes) -> tuple[int, dict[bytes, bytes]]:

@@ -46,8 +46,17 @@ class Kind(enum.IntEnum):
     NO_BYTES = 25
 
 
-def send(channel: socket.socket, kind: int, number: int, body: bytes) -> None:
-    """Send one message; OSError if the other side is gone, or takes nothing for as long as the socket's timeout."""
+def send(channel: socket.socket, kind: int, number: int, body: bytes, deadline: float | None = None) -> None:
+    """Send one message.
+
+    Args:
+        deadline: of time.monotonic(); None waits for ever.
+
+    Raises:
+        TimeoutError: the deadline has passed, and the other side has not taken all.
+        OSError: the other side is gone.
+    """
+    _wait_until(channel, deadline)
     channel.sendall(HEAD.pack(kind, number, len(body)) + body)
 
 
@@ -70,19 +79,26 @@ def receive(channel: socket.socket, cap: int, deadline: float | None = None) -> 
 
 
 def _exactly(channel: socket.socket, length: int, deadline: float | None) -> bytes:
-    parts: list[bytes] = []
-    while length > 0:
-        if deadline is not None:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise TimeoutError
-            channel.settimeout(remaining)
-        part = channel.recv(min(length, limits.INSIDE_WANT))
-        if not part:
+    """Return so many bytes. Into one buffer: a body that came as millions of pieces would take much more memory."""
+    body = bytearray(length)
+    rest = memoryview(body)
+    while rest:
+        _wait_until(channel, deadline)
+        count = channel.recv_into(rest)
+        if count == 0:
             raise EOFError
-        parts.append(part)
-        length -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        rest = rest[count:]
+    return bytes(body)
+
+
+def _wait_until(channel: socket.socket, deadline: float | None) -> None:
+    """Have the next call on `channel` end at the deadline."""
+    if deadline is None:
+        return
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError
+    channel.settimeout(remaining)
 
 
 def pack_pairs(pairs: Mapping[bytes, bytes]) -> bytes:

@@ -17,6 +17,8 @@ from qcowfs import limits
 from qcowfs.errors import TreeFault
 from qcowfs.inside import answer
 from qcowfs.inside.client import Tree
+from qcowfs.inside.launcher import Worker
+from qcowfs.inside.places import Places
 from qcowfs.inside.record import ENTRY, EXTENT, INODE, Extent, pack_entry
 from qcowfs.inside.wire import EXTENTS, HEAD, PAIR, WANT, Kind, pack_pairs
 from tests.support.fakereader import inode
@@ -33,13 +35,14 @@ class FakeLauncher:
     def __init__(self, script: Script) -> None:
         self.script = script
         self.threads: list[threading.Thread] = []
+        self.places = Places()
 
-    def spawn(self, kind: str) -> tuple[socket.socket, int]:
+    def spawn(self, kind: str) -> Worker:
         ours, theirs = socket.socketpair()
         thread = threading.Thread(target=self.run, args=(theirs,))
         thread.start()
         self.threads.append(thread)
-        return ours, 1
+        return Worker(ours, 1, 1)
 
     def run(self, channel: socket.socket) -> None:
         with channel:
@@ -53,17 +56,14 @@ class FakeLauncher:
             except OSError:
                 pass
 
-    def end(self, pid: int) -> str:
+    def end(self, worker: Worker) -> str:
         return ""
-
-    def touch(self, tenant: Tree) -> None: ...
-
-    def forget(self, tenant: Tree) -> None: ...
 
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(limits, "INSIDE_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(limits, "INSIDE_REQUEST_BYTES", 64 << 20)
     yield
 
 
@@ -123,6 +123,31 @@ def test_a_request_ends_in_time_with_eio(script: Script) -> None:
     for thread in launcher.threads:
         thread.join(5)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(("length", "questions"), [(1, 1024), (SIZE, 64)])
+def test_the_volume_is_not_read_for_ever(length: int, questions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast it is: for one request a worker gets 64 MiB here, or 1,024 pieces of up to a block."""
+    monkeypatch.setattr(limits, "INSIDE_ANSWER_SECONDS", 30)
+    answered = []
+
+    def insatiable(channel: socket.socket) -> None:
+        while True:
+            channel.sendall(HEAD.pack(Kind.WANT, 2, WANT.size) + WANT.pack(0, length))
+            left = HEAD.size + length
+            while left and (piece := channel.recv(left)):
+                left -= len(piece)
+            if left:
+                return
+            answered.append(length)
+
+    launcher = FakeLauncher(insatiable)
+    tree = Tree(launcher, "disk", "any", SIZE, lambda offset, length: bytes(length), True)  # type: ignore[arg-type]
+    with pytest.raises(TreeFault, match="it read more than 64 MiB for one request"):
+        tree.stat(7)
+    launcher.threads[0].join(5)
+
+    assert questions == len(answered)
 
 
 def test_an_unknown_errno_becomes_eio_and_the_worker_stays() -> None:

@@ -1,21 +1,26 @@
-"""A launcher that is late, and one that was forked with descriptors above the limit."""
+"""The processes beside the mount: what a signal does to them, who collects them, what they hold, and how they end."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
+import socket
+import tempfile
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from qcowfs import limits
 from qcowfs.errors import TreeFault
+from qcowfs.inside import forker, readers
 from qcowfs.inside import launcher as launcher_module
-from qcowfs.inside import readers
 from qcowfs.inside.client import Tree
 from qcowfs.inside.launcher import Launcher
 from tests.support import fakereader
+from tests.support.workers import children, descriptors, eventually, is_alive, launcher_pid, pid_of, running
 
 KIND = "fake"
 LOW, HIGH = 256, 900
@@ -39,35 +44,30 @@ def high_descriptor() -> Iterator[int]:
     os.close(HIGH)
 
 
+@pytest.fixture
+def launcher(kind: str) -> Iterator[Launcher]:
+    found = Launcher()
+    yield found
+    found.close()
+
+
 def tree_of(launcher: Launcher, kind: str) -> Tree:
     return Tree(launcher, "disk", kind, 1 << 20, lambda _offset, length: bytes(length), True)
-
-
-def running(launcher: Launcher) -> set[int]:
-    """The launcher's children that are no zombies."""
-    pid = launcher._pid
-    with open(f"/proc/{pid}/task/{pid}/children") as children:
-        return {int(child) for child in children.read().split() if not is_zombie(int(child))}
-
-
-def is_zombie(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat") as status:
-        return status.read().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_late_answer_is_not_taken_for_the_next_one(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(launcher_module, "PATIENCE", 0.3)
     launcher = Launcher()
-    os.kill(launcher._pid, signal.SIGSTOP)
+    os.kill(launcher_pid(launcher), signal.SIGSTOP)
     with pytest.raises(TreeFault):
         tree_of(launcher, kind).stat(7)
-    os.kill(launcher._pid, signal.SIGCONT)
+    os.kill(launcher_pid(launcher), signal.SIGCONT)
     time.sleep(0.3)
 
     for _ in range(3):
         tree = tree_of(launcher, kind)
         assert fakereader.inode(7) == tree.stat(7)
-        assert tree._pid in running(launcher)
+        assert pid_of(tree) in running(launcher)
         tree.close()
     assert set() == running(launcher)
     launcher.close()
@@ -78,7 +78,134 @@ def test_no_descriptor_above_a_lowered_limit_is_kept(high_descriptor: int, kind:
     tree = tree_of(launcher, kind)
     assert fakereader.inode(7) == tree.stat(7)
 
-    for pid in (launcher._pid, tree._pid):
+    for pid in (launcher_pid(launcher), pid_of(tree)):
         assert str(high_descriptor) not in os.listdir(f"/proc/{pid}/fd")
     tree.close()
     launcher.close()
+
+
+def test_signals_for_the_whole_group_end_nobody(launcher: Launcher, kind: str) -> None:
+    tree = tree_of(launcher, kind)
+    tree.stat(7)
+    worker = pid_of(tree)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+        for pid in (launcher_pid(launcher), worker):
+            os.kill(pid, number)
+        assert fakereader.inode(7) == tree.stat(7)
+
+    assert worker == pid_of(tree)
+    assert fakereader.inode(7) == tree_of(launcher, kind).stat(7)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_ended_while_idle_is_collected_at_once_and_replaced_without_a_word(
+    launcher: Launcher, kind: str, number: int
+) -> None:
+    tree = tree_of(launcher, kind)
+    for _ in range(limits.INSIDE_RESTARTS + 2):
+        assert fakereader.inode(7) == tree.stat(7)
+        os.kill(pid_of(tree), number)
+        assert eventually(lambda: children(launcher) == set())
+
+
+def test_a_worker_is_ended_by_its_number_and_never_by_a_process_id_that_may_be_anothers(
+    launcher: Launcher, kind: str
+) -> None:
+    first, second = launcher.spawn(kind), launcher.spawn(kind)
+    os.kill(first.pid, signal.SIGTRAP)
+    assert eventually(lambda: children(launcher) == {second.pid})
+
+    assert "SIGTRAP" == launcher.end(first)
+    assert {second.pid} == running(launcher)
+    assert "" == launcher.end(second)
+    assert set() == children(launcher)
+    for worker in (first, second):
+        worker.channel.close()
+
+
+def test_ends_that_nobody_asks_for_are_not_kept_for_ever() -> None:
+    workers = forker._Workers()
+    for number in range(forker.KEPT + 5):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(number % 100)
+        workers.add(number, pid)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        workers.collect()
+
+    assert forker.KEPT == len(workers._ended)
+    assert (True, (forker.KEPT + 4) % 100) == workers.end(forker.KEPT + 4)
+
+
+@pytest.mark.expect_warnings
+def test_a_worker_that_was_stopped_is_one_that_does_not_answer(
+    launcher: Launcher, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not one that ended by itself, because its socket was closed before it was killed."""
+    monkeypatch.setattr(limits, "INSIDE_ANSWER_SECONDS", 0.3)
+    tree = tree_of(launcher, kind)
+    tree.stat(7)
+    os.kill(pid_of(tree), signal.SIGSTOP)
+    with pytest.raises(TreeFault, match=r"its reader crashed: no answer within 0\.3 s"):
+        tree.stat(7)
+
+    assert fakereader.inode(7) == tree.stat(7)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_close_ends_when_the_launcher_does_not_answer(monkeypatch: pytest.MonkeyPatch, kind: str, number: int) -> None:
+    monkeypatch.setattr(launcher_module, "PATIENCE", 0.3)
+    launcher = Launcher()
+    tree = tree_of(launcher, kind)
+    tree.stat(7)
+    pids = (launcher_pid(launcher), pid_of(tree))
+    os.kill(launcher_pid(launcher), number)
+    began = time.monotonic()
+    launcher.close()
+
+    assert time.monotonic() - began < 3
+    assert eventually(lambda: not any(is_alive(pid) for pid in pids))
+
+
+@pytest.mark.expect_warnings
+def test_trees_of_a_mount_whose_launcher_is_gone_say_so(launcher: Launcher, kind: str) -> None:
+    tree = tree_of(launcher, kind)
+    tree.stat(7)
+    worker = pid_of(tree)
+    os.kill(launcher_pid(launcher), signal.SIGKILL)
+    assert eventually(lambda: not is_alive(worker))
+    began = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(TreeFault, match="the process that starts readers is gone") as caught:
+            tree.stat(7)
+        assert errno.EIO == caught.value.errno
+    assert time.monotonic() - began < 1
+
+
+def test_a_launcher_without_descriptors_to_spare_starts_nobody_and_lives(launcher: Launcher, kind: str) -> None:
+    first = tree_of(launcher, kind)
+    first.stat(7)  # so it has closed what it does not need
+    first.close()
+    pid = launcher_pid(launcher)
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(descriptors(pid)) + 1, before[1]))
+    with pytest.raises(TreeFault, match="no process for it could be started"):
+        tree_of(launcher, kind).stat(7)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+    assert fakereader.inode(7) == tree_of(launcher, kind).stat(7)
+
+
+def test_nothing_is_shared_with_a_worker_but_its_socket(kind: str) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, tempfile.TemporaryFile():
+        launcher = Launcher()
+        trees = [tree_of(launcher, kind) for _ in range(3)]
+        for tree in trees:
+            tree.stat(7)
+        held = [descriptors(pid_of(tree)) for tree in trees]
+        launcher.close()
+
+    for found in held:
+        assert {0: os.devnull, 1: os.devnull, 2: os.devnull} == {n: found[n] for n in found if n != 3}
+    assert 3 == len({found[3] for found in held})

@@ -24,6 +24,7 @@ from qcowfs.inside.launcher import Launcher
 from qcowfs.inside.reader import INLINE
 from qcowfs.inside.record import ENTRY, INODE, Extent
 from tests.support import fakereader
+from tests.support.workers import children, eventually, is_alive, launcher_pid
 
 SIZE = 8 << 20
 KIND = "fake"
@@ -165,6 +166,34 @@ def test_a_worker_that_spins_ends_by_its_own_timer(monkeypatch: pytest.MonkeyPat
     after.close()
 
 
+def test_the_time_that_a_disk_takes_is_not_the_workers(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One read that takes longer than a worker may, and many that do so together."""
+    monkeypatch.setattr(limits, "INSIDE_ANSWER_SECONDS", 0.4)
+
+    def far_away(offset: int, length: int) -> bytes:
+        time.sleep(0.6 if offset == 0 else 0.05)
+        return volume(offset, length)
+
+    tree = Tree(launcher, "disk", KIND, SIZE, far_away, True)
+
+    assert volume(0, 100) == tree.read(2, 0, 100)
+    for place in range(1 << 20, 3 << 20, 1 << 18):
+        tree.read(2, place, 100)
+    assert volume(0, 1 << 20) == tree.read(2, 0, 1 << 20)
+
+
+@pytest.mark.expect_warnings
+def test_a_disk_may_not_take_for_ever(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "INSIDE_TOTAL_SECONDS", 0.3)
+
+    def far_away(offset: int, length: int) -> bytes:
+        time.sleep(0.4)
+        return volume(offset, length)
+
+    with pytest.raises(TreeFault, match=r"one request took more than 0\.3 s"):
+        Tree(launcher, "disk", KIND, SIZE, far_away, True).read(2, 0, 100)
+
+
 def test_many_threads_ask_one_tree(tree: Tree) -> None:
     def ask(number: int) -> bool:
         place = number * 7919 % (BAD - 100)
@@ -182,13 +211,13 @@ def test_an_exchange_that_this_side_broke_off_is_not_gone_on_with(launcher: Laun
     with pytest.raises(KeyboardInterrupt):
         tree.read(2, 0, 10)
 
-    assert [] == children_of(launcher)
+    assert set() == children(launcher)
     assert fakereader.inode(7) == tree.stat(7)
 
 
 def test_nothing_is_left_after_close(launcher: Launcher, tree: Tree) -> None:
     tree.stat(2)
-    pids = [str(launcher._pid), *children_of(launcher)]
+    pids = [launcher_pid(launcher), *children(launcher)]
     launcher.close()
 
     assert 2 == len(pids)
@@ -200,7 +229,7 @@ def test_nothing_is_left_after_close(launcher: Launcher, tree: Tree) -> None:
 @pytest.mark.expect_warnings
 def test_a_launcher_that_was_killed_is_eio(launcher: Launcher, tree: Tree) -> None:
     tree.stat(2)
-    os.kill(launcher._pid, signal.SIGKILL)
+    os.kill(launcher_pid(launcher), signal.SIGKILL)
     for _ in range(2):
         with pytest.raises(TreeFault) as caught:
             time.sleep(0.05)
@@ -213,20 +242,16 @@ def test_the_longest_idle_worker_gives_way(launcher: Launcher) -> None:
     for tree in trees:
         tree.stat(2)
 
-    assert limits.INSIDE_WORKERS == len(children_of(launcher))
+    assert limits.INSIDE_WORKERS == len(children(launcher))
     assert fakereader.inode(7) == trees[0].stat(7)
-    launcher.idle(0)
-    assert [] == children_of(launcher)
+    launcher.places.idle(0)
+    assert set() == children(launcher)
     assert fakereader.inode(7) == trees[0].stat(7)
-
-
-def children_of(launcher: Launcher) -> list[str]:
-    return Path(f"/proc/{launcher._pid}/task/{launcher._pid}/children").read_text().split()
 
 
 def test_a_worker_has_no_rights_and_no_descriptors(launcher: Launcher, tree: Tree) -> None:
     tree.stat(2)
-    (pid,) = children_of(launcher)
+    (pid,) = children(launcher)
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
 
     assert "1" == status["NoNewPrivs"]
@@ -255,21 +280,11 @@ time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        pids = process.stdout.readline().split()
+        pids = [int(word) for word in process.stdout.readline().split()]
         process.send_signal(signal.SIGKILL)
     assert 2 == len(pids)
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and any(alive(pid) for pid in pids):
-        time.sleep(0.01)
 
-    assert [] == [pid for pid in pids if alive(pid)]
-
-
-def alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert eventually(lambda: not any(is_alive(pid) for pid in pids))
 
 
 def test_the_launcher_imports_nothing_heavy() -> None:
