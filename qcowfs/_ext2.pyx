@@ -74,6 +74,8 @@ cdef errcode_t io_flush(io_channel channel) noexcept nogil:
     return 0
 
 
+initialize_ext2_error_table()
+
 cdef struct_io_manager manager
 manager.magic = EXT2_ET_MAGIC_IO_MANAGER
 manager.name = b"qcowfs"
@@ -95,7 +97,7 @@ cdef int take_name(ext2_ino_t directory, int kind, ext2_dir_entry *entry, int of
     cdef const char *text = <const char *>entry + 8
     name = text[:ext2fs_dirent_name_len(entry)]
     if entry.inode and name and name not in (b".", b"..") and b"/" not in name and b"\0" not in name:
-        names.append((name, entry.inode))
+        names.append((name, entry.inode, ext2fs_dirent_file_type(entry)))
     return 0
 
 
@@ -127,7 +129,7 @@ cdef int take_block(ext2_filsys fs, blk64_t *block, e2_blkcnt_t number, blk64_t 
 
 cdef int check(errcode_t code, str what) except -1:
     if code:
-        raise OSError(errno.EIO, f"{what}: libext2fs error {code}")
+        raise OSError(errno.EIO, f"{what}: {(<bytes>error_message(code)).decode()}")
     return 0
 
 
@@ -171,7 +173,7 @@ cdef class Filesystem:
         return bytes(raw)
 
     def names(self, ino: int) -> list:
-        """Return (name, inode number) of what the directory `ino` holds, as stored."""
+        """Return (name, inode number, type or 0) of what the directory `ino` holds, as stored."""
         found = []
         check(ext2fs_dir_iterate2(self.fs, ino, 0, NULL, take_name, <void *>found), f"directory {ino}")
         if <uint64_t>len(found) >= NAMES:

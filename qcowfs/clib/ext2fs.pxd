@@ -64,6 +64,7 @@ cdef extern from "ext2fs/ext2fs.h" nogil:
     int EXT2_INODE_SIZE(ext2_super_block *)
 
     int ext2fs_dirent_name_len(const ext2_dir_entry *)
+    int ext2fs_dirent_file_type(const ext2_dir_entry *)
     errcode_t ext2fs_open2(const char *, const char *, int, int, unsigned int, io_manager, ext2_filsys *)
     void ext2fs_free(ext2_filsys)
     errcode_t ext2fs_read_inode2(ext2_filsys, ext2_ino_t, ext2_inode *, int, int)
@@ -82,3 +83,9 @@ cdef extern from "ext2fs/ext2fs.h" nogil:
     errcode_t ext2fs_xattrs_read(ext2_xattr_handle *)
     errcode_t ext2fs_xattrs_iterate(ext2_xattr_handle *, int (*)(char *, char *, size_t, void *) noexcept, void *)
     errcode_t ext2fs_xattrs_close(ext2_xattr_handle **)
+
+cdef extern from "et/com_err.h" nogil:
+    const char *error_message(errcode_t)
+
+cdef extern from "ext2fs/ext2_err.h" nogil:
+    void initialize_ext2_error_table()

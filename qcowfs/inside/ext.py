@@ -26,6 +26,12 @@ OLD_INODE = 128  # bytes; what is longer has i_extra_isize next
 XATTR_MAGIC = 0xEA020000
 HELD_DIRECTORIES = 4
 FEW_EXTENTS = 4
+DIRENT_TYPES = {
+    1: stat.S_IFREG, 2: stat.S_IFDIR, 3: stat.S_IFCHR, 4: stat.S_IFBLK,
+    5: stat.S_IFIFO, 6: stat.S_IFSOCK, 7: stat.S_IFLNK,
+}  # fmt: skip
+KINDS = frozenset(DIRENT_TYPES.values())
+LAST_NANOSECOND = 10**9 - 1
 
 
 def open_reader(device: Device, *, recover: bool) -> Reader:
@@ -50,7 +56,7 @@ class ExtReader:
         self._recovery = recovery
         self._device = recovery.overlay if recovery else device
         self._fs = Filesystem(self._device)
-        self._names: OrderedDict[int, dict[bytes, int]] = OrderedDict()
+        self._names: OrderedDict[int, dict[bytes, tuple[int, int]]] = OrderedDict()
         self._mapped: tuple[int, list[Extent]] = (0, [])
 
     def facts(self) -> Mapping[str, str]:
@@ -62,13 +68,14 @@ class ExtReader:
 
     def lookup(self, ino: int, name: bytes) -> int:
         try:
-            return self._directory(ino)[name]
+            return self._directory(ino)[name][0]
         except KeyError:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
 
     def entries(self, ino: int, cookie: int, room: int) -> bytes:
         names = list(self._directory(ino).items())[cookie:]
-        return fill((self._entry(name, child, cookie + n) for n, (name, child) in enumerate(names, 1)), room)
+        numbered = enumerate(names, cookie + 1)
+        return fill((self._entry(name, child, kind, n) for n, (name, (child, kind)) in numbered), room)
 
     def readlink(self, ino: int) -> bytes:
         raw = self._inode(ino)
@@ -115,6 +122,8 @@ class ExtReader:
 
     def _told(self, ino: int, raw: bytes) -> Inode:
         mode, uid, size, _, _, _, _, gid, nlink, blocks = struct.unpack_from("<HHIIIIIHHI", raw)
+        if stat.S_IFMT(mode) not in KINDS:
+            raise OSError(errno.EIO, f"inode {ino}: no such type of file as its mode {mode:#o} says")
         acl, size_high = struct.unpack_from("<II", raw, 104)
         blocks_high, acl_high, uid_high, gid_high = struct.unpack_from("<HHHH", raw, 116)
         incompat, ro_compat = self._fs.features
@@ -125,6 +134,8 @@ class ExtReader:
             blocks *= self._fs.block_size // 512 if _flags(raw) & HUGE_FILE else 1
         if stat.S_ISREG(mode) and _flags(raw) & INLINE_DATA:  # the kernel adds them, lest tools take it for empty
             blocks += (size + 511) // 512
+        if size >> 63 or blocks >> 54:
+            raise OSError(errno.EIO, f"inode {ino}: its size cannot be")
         bare = not acl and not acl_high and not _has_inner_xattrs(raw)
         (atime, atime_ns), (ctime, ctime_ns), (mtime, mtime_ns) = (_time(raw, *at) for at in TIMES)
         return Inode(
@@ -132,18 +143,18 @@ class ExtReader:
             uid | uid_high << 16, gid | gid_high << 16, _device(raw, mode), NO_XATTRS if bare else 0, 0,
         )  # fmt: skip
 
-    def _directory(self, ino: int) -> dict[bytes, int]:
+    def _directory(self, ino: int) -> dict[bytes, tuple[int, int]]:
         held = self._names.get(ino)
         if held is None:
             raw = self._inode(ino)
             if not stat.S_ISDIR(struct.unpack_from("<H", raw)[0]):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            held = self._names[ino] = dict(self._fs.names(ino))
+            held = self._names[ino] = {name: (child, kind) for name, child, kind in self._fs.names(ino)}
             if len(self._names) > HELD_DIRECTORIES:
                 self._names.popitem(last=False)
         return held
 
-    def _entry(self, name: bytes, ino: int, cookie: int) -> bytes:
+    def _entry(self, name: bytes, ino: int, kind: int, cookie: int) -> bytes:
         extents: Sequence[Extent] | None = None
         told: Inode | None = None
         try:
@@ -152,10 +163,10 @@ class ExtReader:
             if stat.S_ISREG(told.mode) and not _flags(raw) & (ENCRYPTED | INLINE_DATA):
                 found = self._stored(self._map(ino, raw, told.size), FEW_EXTENTS, told.size)
                 extents = found.extents if found.end == told.size and not found.inline else None
-        except OSError as error:
+        except OSError:
             extents = None
-            if error.errno == errno.ENOENT or told is None:
-                told = Inode._make((ino, *[0] * 14, error.errno or errno.EIO))
+            if told is None:
+                told = Inode._make((ino, *[0] * 8, DIRENT_TYPES.get(kind, stat.S_IFREG), *[0] * 5, errno.EIO))
         return pack_entry(name, told.pack(), cookie, extents)
 
     def _map(self, ino: int, raw: bytes, size: int) -> list[Extent]:
@@ -212,7 +223,7 @@ def _time(raw: bytes, seconds_at: int, extra_at: int) -> tuple[int, int]:
     if extra_at + 4 > _extra(raw):
         return seconds, 0
     extra = int.from_bytes(raw[extra_at : extra_at + 4], "little")
-    return seconds + ((extra & 3) << 32), extra >> 2
+    return seconds + ((extra & 3) << 32), min(extra >> 2, LAST_NANOSECOND)
 
 
 def _has_inner_xattrs(raw: bytes) -> bool:

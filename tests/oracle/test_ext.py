@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from qcowfs.errors import TreeFault
+from qcowfs.inside.client import Tree
+from qcowfs.inside.launcher import Launcher
 from qcowfs.inside.reader import INLINE
 from qcowfs.inside.record import ENTRY, EXTENT, INODE, UNMAPPED, Inode
 from tests.support import need
@@ -37,6 +43,11 @@ class File:
     def read(self, offset: int, length: int) -> bytes:
         with self._path.open("rb") as file:
             return os.pread(file.fileno(), length, offset)
+
+
+def confined(launcher: Launcher, device: File) -> Tree:
+    """Return the tree on `device` as a worker without privileges reads it."""
+    return Tree(launcher, "disk/p1", "ext4", device.size, device.read, True)
 
 
 def populate(root: Path) -> None:
@@ -118,3 +129,39 @@ def test_a_tree_is_as_the_kernel_shows_it(tmp_path: Path, kind: str) -> None:
         assert compare(ext.open_reader(device, recover=True), device, at, 2) > 300
     finally:
         subprocess.run(["umount", at], check=True)
+
+
+def damage_inode(image: Path, path: str) -> None:
+    """Change a time of the inode at `path`, and leave its checksum."""
+    told = subprocess.run(["debugfs", "-R", f"imap {path}", image], check=True, capture_output=True, text=True).stdout
+    block, offset = re.findall(r"block (\d+), offset (0x[0-9a-f]+)", told)[0]
+    with image.open("r+b") as file:
+        file.seek(int(block) * 1024 + int(offset, 16) + 16)
+        file.write(b"\xff\xff\xff\x7e")
+
+
+def test_an_unreadable_inode_spoils_no_other_entry(tmp_path: Path) -> None:
+    need("mke2fs", "debugfs")
+    tree, image = tmp_path / "tree", tmp_path / "image"
+    (tree / "broken-directory").mkdir(parents=True)
+    for number in range(5):
+        (tree / f"file{number}").write_bytes(b"x" * number)
+    (tree / "broken-link").symlink_to("file1")
+    options = ["-t", "ext4", "-b", "1024", "-O", "metadata_csum", "-d", tree]
+    subprocess.run(["mke2fs", "-q", "-F", *options, image, "4M"], check=True)
+    broken = {b"broken-directory": stat.S_IFDIR, b"broken-link": stat.S_IFLNK, b"file3": stat.S_IFREG}
+    for name in broken:
+        damage_inode(image, name.decode())
+
+    with closing(Launcher()) as launcher, closing(confined(launcher, File(image))) as reader:
+        found = {name: Inode(*INODE.unpack(inode)) for name, inode in names_of(reader, reader.root)}
+
+        assert {b"lost+found", b"file0", b"file1", b"file2", b"file4"} | broken.keys() == found.keys()
+        assert dict.fromkeys(broken, errno.EIO) == {name: at.error for name, at in found.items() if at.error}
+        assert broken == {name: stat.S_IFMT(found[name].mode) for name in broken}
+        for name in broken:
+            ino = reader.lookup(reader.root, name)
+            assert found[name].ino == ino
+            with pytest.raises(TreeFault, match=f"inode {ino}.*checksum") as fault:
+                reader.stat(ino)
+            assert errno.EIO == fault.value.errno
