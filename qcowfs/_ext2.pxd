@@ -13,6 +13,11 @@ cdef enum:
     INODE_BLOCK_SIZE = 60
 
 cdef enum:
+    NOKEY_BYTES = 149  # of an encrypted name that stand in its name without the key
+    NOKEY_HASHES = 8  # bytes before them
+    NOKEY_DIGEST = 32  # bytes after them, of the rest of the name
+
+cdef enum:
     FLAG_ENCRYPTED = 0x800
     FLAG_EXTENTS = 0x80000
     FLAG_INLINE_DATA = 0x10000000

@@ -25,8 +25,11 @@ cdef enum:
     CHARACTER = 0x2
     BLOCK = 0x6
     REGULAR = 0x8
+    LINK = 0xA
+    LINK_LENGTH = 2  # bytes before an encrypted target
     HUGE_FILE = 0x40000
     RO_COMPAT_HUGE_FILE = 0x8
+    INCOMPAT_EA_INODE = 0x400
     INCOMPAT_LARGEDIR = 0x4000
 
 cdef uint64_t LAST_BYTE = <uint64_t>1 << 62
@@ -169,6 +172,15 @@ cdef uint32_t nanoseconds(const uint8_t *extra) noexcept:
     return min(<uint32_t>(le32(extra) >> 2), <uint32_t>LAST_NANOSECOND) if extra != NULL else <uint32_t>0
 
 
+cdef uint64_t size_without_key(uint64_t stored) noexcept:
+    """Return how long an encrypted target is as Linux shows it without the key."""
+    cdef uint64_t length = stored - LINK_LENGTH if stored > LINK_LENGTH else 0
+    cdef uint64_t told = min(length, <uint64_t>NOKEY_BYTES) + NOKEY_HASHES
+    if length > NOKEY_BYTES:
+        told += NOKEY_DIGEST
+    return (4 * told + 2) // 3
+
+
 cdef class Filesystem:
     """An ext2, ext3 or ext4 on a Device. Raises OSError where it cannot be opened."""
 
@@ -199,6 +211,10 @@ cdef class Filesystem:
     @property
     def cluster_size(self):
         return self.fs.blocksize << self.fs.cluster_ratio_bits
+
+    @property
+    def has_ea_inodes(self):
+        return bool(self.fs.super.s_feature_incompat & <uint32_t>INCOMPAT_EA_INODE)
 
     @property
     def clean(self):
@@ -289,6 +305,8 @@ cdef class Filesystem:
         told.size = le32(raw + 4)
         if told.mode >> 12 == REGULAR or self.fs.super.s_feature_incompat & <uint32_t>INCOMPAT_LARGEDIR:
             told.size |= <uint64_t>le32(raw + 108) << 32
+        if told.mode >> 12 == LINK and flags & <uint32_t>FLAG_ENCRYPTED:
+            told.size = size_without_key(told.size)
         told.blocks = le32(raw + 28)
         if self.fs.super.s_feature_ro_compat & <uint32_t>RO_COMPAT_HUGE_FILE:
             told.blocks |= <uint64_t>le16(raw + 116) << 32

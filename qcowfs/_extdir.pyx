@@ -17,7 +17,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 
-from qcowfs._ext2 cimport FLAG_ENCRYPTED, FLAG_INLINE_DATA, INODE_FLAGS, Filesystem, le16, le32
+from qcowfs._ext2 cimport FLAG_ENCRYPTED, FLAG_INLINE_DATA, INODE_FLAGS, NOKEY_BYTES, Filesystem, le16, le32
 from qcowfs._extmap cimport FEW_EXTENTS, few_extents, read_runs, run_t, runs_t
 from qcowfs._records cimport RECORD_UNMAPPED, entry_record_t, extent_record_t, inode_record_t
 from qcowfs.clib.ext2fs cimport *
@@ -40,7 +40,6 @@ cdef enum:
     COMPAT_DIR_INDEX = 0x20
     UNSIGNED_HASH = 0x2  # of s_flags
     FIRST_UNSIGNED = 3  # of the hashes that libext2fs knows
-    NOKEY_BYTES = 149  # of an encrypted name that its name without a key has itself
 
 # S_IFMT >> 12 of the types that entries have.
 cdef uint32_t[8] TYPES = [REGULAR, REGULAR, DIRECTORY, 0x2, 0x6, 0x1, 0xC, 0xA]
@@ -48,10 +47,26 @@ cdef uint32_t[8] TYPES = [REGULAR, REGULAR, DIRECTORY, 0x2, 0x6, 0x1, 0xC, 0xA]
 sha256(b"")  # what it loads from files it loads before the worker may open none
 
 
+cdef bint is_dots(const uint8_t *name, uint32_t length) noexcept:
+    """Return whether a name is "." or ".."."""
+    return 0 < length <= 2 and name[0] == c"." and (length < 2 or name[1] == c".")
+
+
 cdef bint is_name(const uint8_t *name, uint32_t length) noexcept:
-    """Return whether Linux can have such a name, and it is not "." or ".."."""
-    cdef bint dots = length <= 2 and name[0] == c"." and (length < 2 or name[1] == c".")
-    return length > 0 and not dots and memchr(name, c"/", length) == NULL and memchr(name, 0, length) == NULL
+    """Return whether Linux can have such a name."""
+    return length > 0 and memchr(name, c"/", length) == NULL and memchr(name, 0, length) == NULL
+
+
+def without_key(bytes name, uint32_t major=0, uint32_t minor=0) -> bytes:
+    """Return an encrypted name or target as Linux shows it where the key is not known: fscrypt_nokey_name.
+
+    Args:
+        major, minor: the two hashes of a name in a directory with an index.
+    """
+    told = int(major).to_bytes(4, "little") + int(minor).to_bytes(4, "little") + name[:NOKEY_BYTES]
+    if len(name) > NOKEY_BYTES:
+        told += sha256(name[NOKEY_BYTES:]).digest()
+    return urlsafe_b64encode(told).rstrip(b"=")
 
 
 cdef class Listing:
@@ -110,11 +125,12 @@ cdef class Listing:
             if not self.take():
                 self.damaged = True
                 self.at = self.size
-            elif self.child and self.end > self.after and is_name(self.name, self.length):
+            elif self.child and self.end > self.after and self.length and not is_dots(self.name, self.length):
                 if self.encrypted:
-                    self.shown = self.without_key()
+                    self.shown = self.hashed()
                     self.name, self.length = <const uint8_t *><const char *>self.shown, <uint32_t>len(self.shown)
-                return True
+                if is_name(self.name, self.length):
+                    return True
         return False
 
     cdef bint take(self) noexcept:
@@ -189,8 +205,8 @@ cdef class Listing:
                     raise OSError(EIO, f"directory {self.ino}: its map has no end")
         return False
 
-    cdef bytes without_key(self):
-        """Return the encrypted name as Linux shows it where the key is not known."""
+    cdef bytes hashed(self):
+        """Return the encrypted name as Linux shows it: with the hash that it would be found by."""
         cdef uint32_t major = 0, minor = 0
         cdef int version = self.volume.fs.super.s_def_hash_version
         cdef bytes name = self.name[:self.length]
@@ -198,10 +214,7 @@ cdef class Listing:
             if version < FIRST_UNSIGNED and self.volume.fs.super.s_flags & <uint32_t>UNSIGNED_HASH:
                 version += FIRST_UNSIGNED
             ext2fs_dirhash(version, name, <int>self.length, self.volume.fs.super.s_hash_seed, &major, &minor)
-        told = int(major).to_bytes(4, "little") + int(minor).to_bytes(4, "little") + name[:NOKEY_BYTES]
-        if self.length > NOKEY_BYTES:
-            told += sha256(name[NOKEY_BYTES:]).digest()
-        return urlsafe_b64encode(told).rstrip(b"=")
+        return without_key(name, major, minor)
 
     cdef uint64_t pack(self, char *to):
         """Pack the entry to LONGEST_ENTRY bytes at `to`; return how many it takes."""

@@ -20,8 +20,10 @@ from qcowfs.inside.record import INODE, Extent, Inode
 __all__ = ["ExtReader", "open_reader"]
 
 ROOT = 2
-ENCRYPTED, EA_INODE, INLINE_DATA = 0x800, 0x200000, 0x10000000
-MAPPED = 60  # bytes of i_block, in which a short target stands
+ENCRYPTED, INLINE_DATA = 0x800, 0x10000000
+I_BLOCK = 60  # bytes
+SHOWN_XATTRS = (b"user.", b"trusted.", b"security.")  # what else there is the kernel keeps to itself
+ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 
 def open_reader(device: Device, *, recover: bool) -> Reader:
@@ -62,26 +64,24 @@ class ExtReader:
 
     def readlink(self, ino: int) -> bytes:
         told = self._told(ino)
-        raw = self._fs.inode(ino)
         if not stat.S_ISLNK(told.mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        self._refuse_encrypted(raw)
-        if not _flags(raw) & INLINE_DATA and self._is_fast(raw, told):
-            return raw[40 : 40 + min(told.size, 59)].partition(b"\0")[0]
-        return self._bytes(ino, min(told.size, self._fs.block_size)).partition(b"\0")[0]
+        stored = self._target(ino, self._fs.inode(ino), told)
+        if not _flags(self._fs.inode(ino)) & ENCRYPTED:
+            return stored.partition(b"\0")[0]
+        length = int.from_bytes(stored[:2], "little")
+        return _extdir.without_key(stored[2 : 2 + length])
 
     def xattrs(self, ino: int) -> Mapping[bytes, bytes]:
         found = self._fs.xattrs(_number(ino))
-        found.pop(b"system.data", None)
-        for name in (b"system.posix_acl_access", b"system.posix_acl_default"):
-            if name in found:
-                found[name] = _acl(found[name])
-        return found
+        shown = {name: value for name, value in found.items() if name.startswith(SHOWN_XATTRS)}
+        return shown | {name: _acl(found[name]) for name in ACLS if name in found}
 
     def extents(self, ino: int, offset: int, limit: int) -> Extents | None:
         told = self._told(ino)
         raw = self._fs.inode(ino)
-        self._refuse_encrypted(raw)
+        if _flags(raw) & ENCRYPTED:
+            raise OSError(errno.ENOKEY, os.strerror(errno.ENOKEY))
         if _flags(raw) & INLINE_DATA:
             data = self._fs.inline(ino)[: told.size]
             return Extents([Extent(0, len(data), INLINE)] if offset < len(data) else [], told.size, data)
@@ -95,24 +95,23 @@ class ExtReader:
     def _told(self, ino: int) -> Inode:
         return Inode._make(INODE.unpack(self.stat(ino)))
 
-    def _bytes(self, ino: int, length: int) -> bytes:
-        if _flags(self._fs.inode(ino)) & INLINE_DATA:
-            return self._fs.inline(ino)[:length]
+    def _target(self, ino: int, raw: bytes, told: Inode) -> bytes:
+        """Return the target of a symbolic link as it is stored."""
+        size = min(int.from_bytes(raw[4:8], "little"), self._fs.block_size)
+        if _flags(raw) & INLINE_DATA:
+            return self._fs.inline(ino)[:size]
+        if self._is_fast(raw, told):
+            return raw[40:100][:size]
         found, _end = _extmap.extents(self._fs, ino, 0, 1)
         if not found or found[0][0]:
             raise OSError(errno.EIO, f"inode {ino}: a symbolic link without a target")
-        return self._device.read(found[0][2], min(length, found[0][1]))
+        return self._device.read(found[0][2], min(size, found[0][1]))
 
     def _is_fast(self, raw: bytes, told: Inode) -> bool:
-        if _flags(raw) & EA_INODE:
-            return told.size < 60
+        if self._fs.has_ea_inodes:  # i_blocks counts theirs too
+            return int.from_bytes(raw[4:8], "little") < I_BLOCK
         acl, acl_high = struct.unpack_from("<I", raw, 104)[0], struct.unpack_from("<H", raw, 118)[0]
         return told.blocks == (self._fs.cluster_size // 512 if acl or acl_high else 0)
-
-    @staticmethod
-    def _refuse_encrypted(raw: bytes) -> None:
-        if _flags(raw) & ENCRYPTED:
-            raise OSError(errno.ENOKEY, os.strerror(errno.ENOKEY))
 
 
 def _number(ino: int) -> int:

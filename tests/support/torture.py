@@ -194,8 +194,12 @@ def _plant_attributes(at: Path, rng: random.Random) -> None:
             os.setxattr(at / "many", f"user.{'n' * number}{number}", rng.randbytes(number))
     (at / "link").symlink_to("value0")
     os.setxattr(at / "link", "trusted.link", b"of a link", follow_symlinks=False)
-    (at / "long-link").symlink_to("l" * 300)
-    os.setxattr(at / "long-link", "trusted.link", rng.randbytes(200), follow_symlinks=False)
+    for length in (30, 300):
+        for size in (200, 30000):
+            link = at / f"link{length}-{size}"
+            link.symlink_to("l" * length)
+            with _if_it_can():
+                os.setxattr(link, "trusted.link", rng.randbytes(size), follow_symlinks=False)
     (at / "file").touch()
     os.setxattr(
         at / "file", "system.posix_acl_access", _acl(((1, 6), (2, 4, 70001), (4, 4), (8, 7, 5), (16, 7), (32, 0)))
