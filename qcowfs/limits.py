@@ -73,10 +73,10 @@ INSIDE_WANT = 1 << 20  # bytes that a worker may ask for at once, and that one r
 INSIDE_ANSWER = 4 << 20  # bytes of one answer: the 1 MiB of a read, or all extended attributes of one file
 INSIDE_ERROR = 300  # bytes of an error's text, which may hold names of the volume
 INSIDE_EXTENTS = 65536  # extents of one answer
-MAX_FILE_EXTENTS = 1 << 20  # of one file that is read: 32 MiB of runs, and what MAX_EXT_RUNS lets a reader tell
+MAX_FILE_EXTENTS = 1 << 20  # of one file that is read: 32 MiB of runs
 MAX_FILE_INLINE = 4 << 20  # bytes of one file that its reader tells instead of a place: tails, and what a journal holds
-MAX_EXT_DIRECTORY = 1 << 20  # names of one ext directory that are held at once
-MAX_EXT_RUNS = 1 << 20  # extents of one ext file: 4 TiB in pieces of 4 MiB, or a damaged tree that repeats itself
+MAX_EXT_DIRECTORY = 16 << 30  # bytes of one ext directory that are listed: 250 million names, and Linux is slow by then
+MAX_EXT_MAP = 1 << 16  # extents, and KiB of the map's blocks, of one ext file that a request looks at: 0.1 s
 
 MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
 MAX_JOURNAL_RUNS = 1 << 15  # contiguous pieces of a journal: mke2fs makes a handful, and each costs 170 bytes here

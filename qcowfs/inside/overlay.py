@@ -7,6 +7,7 @@ is read from where the journal has it.
 from __future__ import annotations
 
 import errno
+import heapq
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,10 @@ class Overlay:
         if block not in self._made:
             insort(self._made_blocks, block)
         self._made[block] = content
+
+    def covered(self) -> array[int]:
+        """Return the blocks that are stored elsewhere, in rising order."""
+        return array("Q", heapq.merge(self._blocks, self._made_blocks))
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes at `offset`.

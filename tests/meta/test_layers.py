@@ -23,7 +23,7 @@ ROWS = (
     ("gate", "policy", "filename", "jsonname"),
     ("qcow2", "qcow1", "raw"),
     ("source",),
-    ("_usage", "_ext2"),
+    ("_usage", "_ext2", "_extmap", "_extdir"),
     ("_dataplane",),
     ("_ahead", "_treeplane"),
     ("_handles",),

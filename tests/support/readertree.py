@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import stat
 from collections.abc import Iterator
 from typing import Any
 
 from qcowfs.inside.reader import INLINE, Device, Reader
-from qcowfs.inside.record import ENTRY, EXTENT, INODE, UNMAPPED, Inode
+from qcowfs.inside.record import ENTRY, EXTENT, INODE, NO_XATTRS, UNMAPPED, Extent, Inode
+from tests.support.sparse import digest
 
-__all__ = ["describe_reader"]
+__all__ = ["describe_reader", "entries_of"]
 
 NANO = 10**9
+CHUNK = 1 << 20
+Entry = tuple[bytes, Inode, list[Extent] | None]
+EXTENTS_AT_ONCE = 100  # that a question for them asks for: few, so that many a file takes more than one
 
 
 def describe_reader(reader: Reader, device: Device) -> dict[bytes, Any]:
@@ -21,25 +24,42 @@ def describe_reader(reader: Reader, device: Device) -> dict[bytes, Any]:
     left = [(b"", reader.root)]
     while left:
         path, directory = left.pop()
-        for name, inode in _entries(reader, directory):
+        for number, (name, inode, extents) in enumerate(entries_of(reader, directory)):
             full = path + b"/" + name if path else name
             assert full not in told
             told[full] = _one(reader, device, inode)
+            _check_entry(reader, inode, extents)
+            if number % 50 == 0:
+                assert reader.lookup(directory, name) == inode.ino
             if stat.S_ISDIR(inode.mode):
                 left.append((full, inode.ino))
     return told
 
 
-def _entries(reader: Reader, directory: int) -> Iterator[tuple[bytes, Inode]]:
+def entries_of(
+    reader: Reader, directory: int, room: int = 1 << 16
+) -> Iterator[tuple[bytes, Inode, list[Extent] | None]]:
+    """Yield name, inode and extents (None: to be asked for) of each entry, asked for in pages of `room` bytes."""
     cookie = 0
-    while page := reader.entries(directory, cookie, 1 << 16):
+    while page := reader.entries(directory, cookie, room):
         place = 0
         while place < len(page):
-            cookie, length, extents, whole = ENTRY.unpack_from(page, place)
+            cookie, length, count, whole = ENTRY.unpack_from(page, place)
             inode = Inode._make(INODE.unpack_from(page, place + ENTRY.size))
-            start = place + ENTRY.size + INODE.size + EXTENT.size * (0 if extents == UNMAPPED else extents)
-            yield page[start : start + length], inode
+            start = place + ENTRY.size + INODE.size
+            end = start + EXTENT.size * (0 if count == UNMAPPED else count)
+            extents = [Extent._make(extent) for extent in EXTENT.iter_unpack(page[start:end])]
+            yield page[end : end + length], inode, None if count == UNMAPPED else extents
             place += whole
+
+
+def _check_entry(reader: Reader, inode: Inode, extents: list[Extent] | None) -> None:
+    """Compare what an entry says beside its inode with the answers to the questions that it makes needless."""
+    assert reader.stat(inode.ino) == inode.pack()
+    if extents is not None:
+        assert _all_extents(reader, inode)[0] == extents
+    if inode.flags & NO_XATTRS:
+        assert not reader.xattrs(inode.ino)
 
 
 def _one(reader: Reader, device: Device, inode: Inode) -> tuple[Any, ...]:
@@ -56,17 +76,31 @@ def _one(reader: Reader, device: Device, inode: Inode) -> tuple[Any, ...]:
     if stat.S_ISLNK(inode.mode):
         content = reader.readlink(inode.ino)
     elif stat.S_ISREG(inode.mode):
-        content = hashlib.sha256(_content(reader, device, inode)).hexdigest()
+        content = digest(_pieces(reader, device, inode))
     return (*kept, times, {name.decode(): value for name, value in reader.xattrs(inode.ino).items()}, content)
 
 
-def _content(reader: Reader, device: Device, inode: Inode) -> bytes:
-    content = bytearray(inode.size)
-    found = reader.extents(inode.ino, 0, 1 << 16)
-    assert found is not None
-    assert found.end == inode.size
-    for start, length, offset in found.extents:
-        length = min(length, inode.size - start)
-        piece = found.inline[offset - INLINE :][:length] if offset >= INLINE else device.read(offset, length)
-        content[start : start + length] = piece
-    return bytes(content)
+def _pieces(reader: Reader, device: Device, inode: Inode) -> Iterator[tuple[int, bytes]]:
+    extents, inline = _all_extents(reader, inode)
+    for start, length, offset in extents:
+        if offset >= INLINE:
+            yield start, inline[offset - INLINE :][:length]
+            continue
+        for place in range(0, length, CHUNK):
+            yield start + place, device.read(offset + place, min(CHUNK, length - place))
+
+
+def _all_extents(reader: Reader, inode: Inode) -> tuple[list[Extent], bytes]:
+    """Return all extents of a file and its inline bytes, asked for in as many questions as it takes."""
+    extents: list[Extent] = []
+    inline = b""
+    place = 0
+    while place < inode.size:
+        found = reader.extents(inode.ino, place, EXTENTS_AT_ONCE)
+        assert found is not None
+        assert place < found.end <= inode.size
+        for start, length, offset in found.extents:
+            extents.append(Extent(start, length, offset + len(inline) if offset >= INLINE else offset))
+        inline += found.inline
+        place = found.end
+    return extents, inline

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from typing import Any
+
+from tests.support.sparse import digest, pieces_of
 
 __all__ = ["describe"]
 
@@ -31,6 +32,5 @@ def _one(path: bytes, *, atime: bool, xattrs: bool) -> tuple[Any, ...]:
     if stat.S_ISLNK(st.st_mode):
         content = os.readlink(path)
     elif stat.S_ISREG(st.st_mode):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        content = digest(pieces_of(path))
     return (*kept, times, values, content)

@@ -1,0 +1,3 @@
+from qcowfs._ext2 import Filesystem
+
+def extents(volume: Filesystem, ino: int, offset: int, limit: int) -> tuple[list[tuple[int, int, int]], int]: ...
