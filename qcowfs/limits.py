@@ -70,6 +70,8 @@ INSIDE_WANT = 1 << 20  # bytes that a worker may ask for at once, and that one r
 INSIDE_ANSWER = 4 << 20  # bytes of one answer: the 1 MiB of a read, or all extended attributes of one file
 INSIDE_ERROR = 300  # bytes of an error's text, which may hold names of the volume
 INSIDE_EXTENTS = 65536  # extents of one answer
+MAX_FILE_EXTENTS = 1 << 20  # of one file that is read: 32 MiB of runs, and what MAX_EXT_RUNS lets a reader tell
+MAX_FILE_INLINE = 4 << 20  # bytes of one file that its reader tells instead of a place: tails, and what a journal holds
 MAX_EXT_DIRECTORY = 1 << 20  # names of one ext directory that are held at once
 MAX_EXT_RUNS = 1 << 20  # extents of one ext file: 4 TiB in pieces of 4 MiB, or a damaged tree that repeats itself
 

@@ -72,6 +72,11 @@ class Tree:
         self._facts: dict[str, str] = {}
 
     @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self._name
+
+    @property
     def root(self) -> int:
         """The root's inode number."""
         with self._lock:

@@ -1,0 +1,104 @@
+"""A file of a tree as bytes: composed from pages of extents, and what a worker may say of them that is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from qcowfs import limits
+from qcowfs._cache import Cache
+from qcowfs._core import Disk
+from qcowfs._mapped import Mapped
+from qcowfs._source import FileSource
+from qcowfs._tables import LayerMap
+from qcowfs.errors import TreeFault
+from qcowfs.inside.guestfile import file_disk
+from qcowfs.inside.reader import INLINE, Extents
+from qcowfs.inside.record import Extent
+
+CONTENT = bytes(range(256)) * 256
+EMPTY: tuple[Extent, ...] = ()
+
+
+class Told:
+    """Answers as a Tree would, from pages by the offset that they begin at."""
+
+    name = "current/p1"
+
+    def __init__(self, pages: Mapping[int, Extents | None]) -> None:
+        self.pages = pages
+
+    def extents(self, ino: int, offset: int, limit: int) -> Extents | None:
+        assert ino == 12
+        assert limit == limits.INSIDE_EXTENTS
+        return self.pages[offset]
+
+
+class Crumbs(Told):
+    def extents(self, ino: int, offset: int, limit: int) -> Extents | None:
+        return Extents(EMPTY, offset + 1)
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Mapped]:
+    path = tmp_path / "volume"
+    path.write_bytes(b"?" * 512 + CONTENT)
+    size = path.stat().st_size
+    source = FileSource(os.open(path, os.O_RDONLY), str(path))
+    disk = Disk([LayerMap.raw(source, depth=0, virtual_size=size)], size, Cache(1 << 20))
+    yield Mapped(len(CONTENT), [disk], [(0, len(CONTENT), 0, 512)])
+    source.close()
+
+
+def test_pages_of_extents_make_one_file(volume: Mapped) -> None:
+    tree = Told(
+        {
+            0: Extents([Extent(0, 10, 256), Extent(10, 3, INLINE + 1)], 20, b"-abc"),
+            20: Extents([Extent(30, 2, INLINE), Extent(32, 8, 512)], 100, b"yz"),
+        }
+    )
+
+    disk = file_disk(tree, volume, 12, 100)
+
+    assert disk is not None
+    assert (CONTENT[:10] + b"abc" + bytes(17) + b"yz" + CONTENT[:8]).ljust(100, b"\0") == disk.pread(0, 1000)
+
+
+def test_an_empty_file_asks_for_nothing(volume: Mapped) -> None:
+    disk = file_disk(Told({}), volume, 12, 0)
+
+    assert disk is not None
+    assert (0, b"") == (disk.virtual_size, disk.pread(0, 10))
+
+
+def test_a_compressed_file_has_no_place(volume: Mapped) -> None:
+    assert file_disk(Told({0: None}), volume, 12, 5) is None
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        {0: Extents(EMPTY, 0)},
+        {0: Extents(EMPTY, 101)},
+        {0: Extents(EMPTY, 50), 50: Extents(EMPTY, 50)},
+        {0: Extents(EMPTY, 50), 50: None},
+        {0: Extents([Extent(40, 20, 0)], 60), 60: Extents([Extent(59, 1, 0)], 100)},
+        {0: Extents([Extent(0, 2, len(CONTENT) - 1)], 100)},
+        {0: Extents([Extent(0, 2, INLINE + 1)], 100, b"ab")},
+        {0: Extents(EMPTY, 50, b"i" * limits.MAX_FILE_INLINE), 50: Extents(EMPTY, 100, b"i")},
+    ],
+)
+def test_a_contradiction_is_a_fault(volume: Mapped, pages: dict[int, Extents | None]) -> None:
+    with pytest.raises(TreeFault, match="current/p1: inode 12: the file's extents contradict") as caught:
+        file_disk(Told(pages), volume, 12, 100)
+
+    assert errno.EIO == caught.value.errno
+
+
+def test_a_file_in_crumbs_ends_with_a_fault(volume: Mapped) -> None:
+    with pytest.raises(TreeFault, match="inode 12: the file is in too many pieces"):
+        file_disk(Crumbs({}), volume, 12, 1 << 40)
