@@ -1,7 +1,7 @@
 """The command line: one verb per file, and the only room that prints.
 
-`main` finds the verb, imports just that one, and turns every error into one line and an exit code. `list`, `info` and
-`map` never import pyfuse3 or trio.
+`main` finds the verb, imports just that one, and turns every error into one line and an exit code. Only
+`mount` imports pyfuse3 and trio.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qcowfs.errors import QcowfsError, UsageError, printable
 
 __all__ = ["VERBS", "build_parser", "command", "main", "report"]
 
-VERBS = ("mount", "umount", "list", "info", "map")
+VERBS = ("mount", "umount", "list", "ls", "cat", "info", "map")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing can meet, and all that is written is output
 
