@@ -155,7 +155,7 @@ class ExtReader:
         except OSError as error:
             extents = None
             if error.errno == errno.ENOENT or told is None:
-                told = Inode._make((ino, *[0] * 14, error.errno or errno.EIO))
+                told = Inode._make((ino, *[0] * 8, stat.S_IFREG, *[0] * 5, error.errno or errno.EIO))
         return pack_entry(name, told.pack(), cookie, extents)
 
     def _map(self, ino: int, raw: bytes, size: int) -> list[Extent]:
