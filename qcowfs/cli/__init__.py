@@ -33,6 +33,8 @@ DESCRIPTION = "Show every snapshot in a qcow2 disk image, side by side, as read-
 EXAMPLES = """\
 examples:
   qcowfs list image.qcow2                   which points in time the image holds
+  qcowfs ls image.qcow2 NAME:p2/etc         look into one of them, without a mount
+  qcowfs cat image.qcow2 NAME:p2/etc/fstab  and print a file
   qcowfs mount image.qcow2 /mnt             show them all as /mnt/NAME.raw
   sudo mount -o ro,loop /mnt/NAME.raw /a    look at the files of one of them
   cmp /mnt/current.raw /mnt/NAME.raw        or give it to any tool that reads raw disks

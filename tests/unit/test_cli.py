@@ -160,7 +160,7 @@ def test_a_misspelt_verb_is_recognized(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["list"], ["info"], ["map"]):
+    for words in ([], ["list"], ["ls"], ["cat"], ["info"], ["map"]):
         with pytest.raises(SystemExit) as ended:
             cli.main([*words, "--help"])
 
