@@ -12,6 +12,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from tests.support.disks import run
 from tests.support.guests import Guest, bare_image, loop_mounted, make_tree, partitioned_image
 from tests.support.images import qemu
 from tests.support.lvm import lvm_on
-from tests.support.mounts import Person, call, launcher, me, one_line, ordinary_user
+from tests.support.mounts import REPOSITORY, Person, call, launcher, me, one_line, ordinary_user
 
 TYPES = {
     "file": stat.S_IFREG,
@@ -377,6 +378,27 @@ def test_a_reader_that_goes_away_is_no_error(partitioned: Partitioned) -> None:
             process.stdout.close()
             assert process.stderr.read() == b""
         assert process.returncode == 141
+
+
+@pytest.mark.parametrize("words", [["ls"], ["cat", "before:p2/etc/fstab"], ["list", "-v"]])
+def test_output_that_goes_nowhere_is_told(partitioned: Partitioned, words: list[str]) -> None:
+    verb, *place = words
+    command = [*launcher(), verb, str(partitioned.image), *place]
+    full = subprocess.run(["sh", "-c", 'exec "$@" >/dev/full', "sh", *command], capture_output=True, text=True)
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True)
+
+    assert (1, "qcowfs: standard output: No space left on device\n") == (full.returncode, full.stderr)
+    if verb != "list":
+        assert (1, "qcowfs: standard output is closed\n") == (closed.returncode, closed.stderr)
+
+
+def test_no_fuse_is_needed(partitioned: Partitioned) -> None:
+    code = "import sys; sys.modules.update(pyfuse3=None, trio=None); from qcowfs.cli import main; sys.exit(main())"
+    for words in (["ls", "-R"], ["list", "-v"]):
+        command = [sys.executable, "-c", code, *words, str(partitioned.image)]
+        done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+        assert (0, b"") == (done.returncode, done.stderr)
 
 
 def test_an_interrupt_ends_the_command_and_its_workers(partitioned: Partitioned) -> None:
