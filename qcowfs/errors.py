@@ -11,7 +11,7 @@ Used by every room; imports nothing of the project. A class's docstring is the t
     |   |-- CorruptImage      11   EIO          a rule of the format is broken
     |   |-- UnsupportedImage  12   EOPNOTSUPP   right, but not a thing that qcowfs reads
     |   |-- GateRefused       16   EACCES       an image names a file that the policy does not allow
-    |   `-- PointNotFound     17   ENOENT       the image holds no such point in time
+    |   `-- PointNotFound     17   ENOENT       the image holds no such point in time, or the point no such file
     |-- MountpointError       14   EBUSY        the directory to mount on
     |-- FuseUnavailable       15   ENODEV       /dev/fuse, fusermount3 or pyfuse3
     |-- ReadFault              1   (as found)   a range of one disk that cannot be read right

@@ -77,6 +77,9 @@ MAX_FILE_EXTENTS = 1 << 20  # of one file that is read: 32 MiB of runs
 MAX_FILE_INLINE = 4 << 20  # bytes of one file that its reader tells instead of a place: tails, and what a journal holds
 MAX_EXT_DIRECTORY = 16 << 30  # bytes of one ext directory that are listed: 250 million names, and Linux is slow by then
 MAX_EXT_MAP = 1 << 16  # extents, and KiB of the map's blocks, of one ext file that a request looks at: 0.1 s
+MAX_LISTED_ENTRIES = 1 << 20  # of one directory that is held to be sorted: 300 MB
+MAX_WALKED_DIRECTORIES = 1 << 21  # that one walk remembers, so that none is entered twice: 200 MB
+MAX_WALK_DEPTH = 1024  # directories in directories; a path of Linux has 2,048 components at most
 
 MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
 MAX_JOURNAL_RUNS = 1 << 15  # contiguous pieces of a journal: mke2fs makes a handful, and each costs 170 bytes here

@@ -18,7 +18,13 @@ FILES = {
     "zsh": "completion/zsh/_qcowfs",
     "fish": "completion/fish/qcowfs.fish",
 }
-COMPLETED_AS = {"image": shtab.FILE, "log_file": shtab.FILE, "mountpoint": shtab.DIR, "mountpoints": shtab.DIR}
+COMPLETED_AS = {
+    "image": shtab.FILE,
+    "others": shtab.FILE,
+    "log_file": shtab.FILE,
+    "mountpoint": shtab.DIR,
+    "mountpoints": shtab.DIR,
+}
 DIRECTORIES = ("allow_backing",)  # a directory, or the word "any"
 
 

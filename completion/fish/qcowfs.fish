@@ -50,8 +50,8 @@ function _shtab_qcowfs_using
   test "$_shtab_qcowfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_qcowfs_commands mount umount list info map
-set -g _shtab_qcowfs_opts_with_value --allow-backing --cache-size --image-format --log-file -o
+set -g _shtab_qcowfs_commands mount umount list ls cat info map
+set -g _shtab_qcowfs_opts_with_value --allow-backing --cache-size --image-format --log-file --with -o
 
 complete -c qcowfs -e
 complete -c qcowfs -f
@@ -82,8 +82,30 @@ complete -c qcowfs -n '_shtab_qcowfs_using list' -s h -l help -d 'show this help
 complete -c qcowfs -n '_shtab_qcowfs_using list' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
 complete -c qcowfs -n '_shtab_qcowfs_using list' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
 complete -c qcowfs -n '_shtab_qcowfs_using list' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
+complete -c qcowfs -n '_shtab_qcowfs_using list' -s v -d 'and what is inside each point'
 complete -c qcowfs -n '_shtab_qcowfs_using list' -l json -d 'print one JSON document, for programs'
+complete -c qcowfs -n '_shtab_qcowfs_using list' -l norecovery -d 'show file systems as they are, without replaying their journals'
+complete -c qcowfs -n '_shtab_qcowfs_using list' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
 complete -c qcowfs -n '_shtab_qcowfs_using list; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
+complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a ls -d 'List a directory that is inside a point.'
+complete -c qcowfs -n '_shtab_qcowfs_using ls' -s h -l help -d 'show this help message and exit'
+complete -c qcowfs -n '_shtab_qcowfs_using ls' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using ls' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
+complete -c qcowfs -n '_shtab_qcowfs_using ls' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
+complete -c qcowfs -n '_shtab_qcowfs_using ls' -s l -d 'as ls -ln: mode, links, owner, size, date'
+complete -c qcowfs -n '_shtab_qcowfs_using ls' -s R -d 'and every directory below'
+complete -c qcowfs -n '_shtab_qcowfs_using ls' -l json -d 'print one JSON document, for programs'
+complete -c qcowfs -n '_shtab_qcowfs_using ls' -l norecovery -d 'show file systems as they are, without replaying their journals'
+complete -c qcowfs -n '_shtab_qcowfs_using ls' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using ls; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
+complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a cat -d 'Print a file that is inside a point.'
+complete -c qcowfs -n '_shtab_qcowfs_using cat' -s h -l help -d 'show this help message and exit'
+complete -c qcowfs -n '_shtab_qcowfs_using cat' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using cat' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
+complete -c qcowfs -n '_shtab_qcowfs_using cat' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
+complete -c qcowfs -n '_shtab_qcowfs_using cat' -l norecovery -d 'show file systems as they are, without replaying their journals'
+complete -c qcowfs -n '_shtab_qcowfs_using cat' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using cat; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
 complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a info -d 'Print the format, sizes and snapshots of each layer of the chain.'
 complete -c qcowfs -n '_shtab_qcowfs_using info' -s h -l help -d 'show this help message and exit'
 complete -c qcowfs -n '_shtab_qcowfs_using info' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'

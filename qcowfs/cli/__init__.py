@@ -1,7 +1,7 @@
 """The command line: one verb per file, and the only room that prints.
 
-`main` finds the verb, imports just that one, and turns every error into one line and an exit code. `list`, `info` and
-`map` never import pyfuse3 or trio.
+`main` finds the verb, imports just that one, and turns every error into one line and an exit code. Only
+`mount` imports pyfuse3 and trio.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qcowfs.errors import QcowfsError, UsageError, printable
 
 __all__ = ["VERBS", "build_parser", "command", "main", "report"]
 
-VERBS = ("mount", "umount", "list", "info", "map")
+VERBS = ("mount", "umount", "list", "ls", "cat", "info", "map")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing can meet, and all that is written is output
 
@@ -33,6 +33,8 @@ DESCRIPTION = "Show every snapshot in a qcow2 disk image, side by side, as read-
 EXAMPLES = """\
 examples:
   qcowfs list image.qcow2                   which points in time the image holds
+  qcowfs ls image.qcow2 NAME:p2/etc         look into one of them, without a mount
+  qcowfs cat image.qcow2 NAME:p2/etc/fstab  and print a file
   qcowfs mount image.qcow2 /mnt             show them all as /mnt/NAME.raw
   sudo mount -o ro,loop /mnt/NAME.raw /a    look at the files of one of them
   cmp /mnt/current.raw /mnt/NAME.raw        or give it to any tool that reads raw disks

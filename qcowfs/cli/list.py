@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from qcowfs import limits
 from qcowfs.chain import Chain
 from qcowfs.cli import output
-from qcowfs.cli.options import add_image_options, add_json_option, open_chain
+from qcowfs.cli.options import add_image_options, add_inside_options, add_json_option, open_chain
 from qcowfs.cli.points import named_points
 from qcowfs.errors import printable
 from qcowfs.sizes import Sizes
@@ -19,9 +21,12 @@ from qcowfs.vfs.names import SUFFIX
 HELP = "list every point in time: the active state, snapshots, backing layers"
 EXAMPLES = """\
 OWN is what only that point uses in its file: what deleting the snapshot would free.
+With -v there is a table for each point: its partitions and logical volumes, their file systems, whether those were
+unmounted properly or had to be recovered, and why the files of one cannot be shown.
 
 examples:
   qcowfs list image.qcow2
+  qcowfs list -v image.qcow2
   qcowfs list --json image.qcow2 | jq -r '.points[].path'
 
 See qcowfs-list(1).
@@ -34,26 +39,52 @@ NUMBERS = (2, 3, 4)
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `qcowfs list`."""
     add_image_options(parser)
+    parser.add_argument("-v", dest="verbose", action="store_true", help="and what is inside each point")
     add_json_option(parser)
+    add_inside_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the document."""
+    if args.verbose:
+        return _run_verbose(args)
     with open_chain(args) as chain:
-        sizes = Sizes(chain, limits.MAX_LISTED_TABLES)
         if args.json:
-            output.print_json(document(chain, sizes))
+            output.print_json(document(chain))
         else:
-            output.print_table(
-                COLUMNS, [_row(name, point, sizes) for name, point in named_points(chain)], right=NUMBERS
-            )
+            _print_points(chain)
     return 0
 
 
-def document(chain: Chain, sizes: Sizes) -> dict[str, Any]:
-    """Return the document of `list --json`; its keys are a contract (qcowfs-list(1))."""
-    points = [_point(name, point, sizes) for name, point in named_points(chain)]
+def _run_verbose(args: argparse.Namespace) -> int:
+    from qcowfs.cli.inside import open_inside  # 30 ms, and no list without -v has to wait for them
+    from qcowfs.cli.volumes import print_volumes, volumes_document
+
+    with open_inside(args) as inside:
+        if args.json:
+            output.print_json(document(inside.chain, partial(volumes_document, inside)))
+        else:
+            _print_points(inside.chain)
+            for name, point in named_points(inside.chain):
+                print_volumes(inside, name, point)
+    return 0
+
+
+def document(chain: Chain, more: Callable[[str, Point], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Return the document of `list --json`; its keys are a contract (qcowfs-list(1)).
+
+    Args:
+        more: returns further keys for a point and its name.
+    """
+    sizes = Sizes(chain, limits.MAX_LISTED_TABLES)
+    named = named_points(chain)
+    points = [_point(name, point, sizes) | (more(name, point) if more else {}) for name, point in named]
     return {"version": 1, "image": output.path_text(chain.image), "points": points}
+
+
+def _print_points(chain: Chain) -> None:
+    sizes = Sizes(chain, limits.MAX_LISTED_TABLES)
+    output.print_table(COLUMNS, [_row(name, point, sizes) for name, point in named_points(chain)], right=NUMBERS)
 
 
 def _point(name: str, point: Point, sizes: Sizes) -> dict[str, Any]:

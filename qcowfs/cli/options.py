@@ -10,7 +10,7 @@ import logging
 
 from qcowfs import chain, gate
 
-__all__ = ["add_image_options", "add_json_option", "open_chain"]
+__all__ = ["add_image_options", "add_inside_options", "add_json_option", "open_chain"]
 
 logger = logging.getLogger("qcowfs")
 
@@ -36,14 +36,30 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document, for programs")
 
 
-def open_chain(args: argparse.Namespace) -> chain.Chain:
-    """Open the image that `args` names, with what it is based on; warnings go to the log.
+def add_inside_options(parser: argparse.ArgumentParser) -> None:
+    """Add how what is inside a disk is read."""
+    parser.add_argument(
+        "--norecovery", action="store_true", help="show file systems as they are, without replaying their journals"
+    )
+    parser.add_argument(
+        "--with",
+        dest="others",
+        metavar="OTHER",
+        action="append",
+        default=[],
+        help="another disk's image, which holds parts of the same LVM volume groups; may be given more than once",
+    )
+
+
+def open_chain(args: argparse.Namespace, other: str | None = None) -> chain.Chain:
+    """Open the image that `args` names, or another one, with what it is based on; warnings go to the log.
 
     Raises:
         QcowfsError: it cannot be opened, or is not allowed to be.
     """
     policy = gate.load_policy(args.allow_backing)
-    opened = chain.open_chain(args.image, policy, lock=not args.no_lock, image_format=args.image_format)
+    image, image_format = (args.image, args.image_format) if other is None else (other, None)
+    opened = chain.open_chain(image, policy, lock=not args.no_lock, image_format=image_format)
     for warning in opened.warnings:
         logger.warning("%s", warning)
     return opened

@@ -1,6 +1,6 @@
 """How facts are printed: tables, sizes, dates, JSON. Names from images come out escaped.
 
-Used by the other files of this room. Pure but for `print_json` and `print_table`.
+Used by the other files of this room. Pure but for what prints and writes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from qcowfs.errors import printable
+from qcowfs.errors import QcowfsError, printable
 
-__all__ = ["human_size", "image_text", "local_date", "print_json", "print_table", "utc_date"]
+__all__ = [
+    "human_size",
+    "image_text",
+    "local_date",
+    "name_text",
+    "print_json",
+    "print_table",
+    "utc_date",
+    "write_bytes",
+]
 
 NANOSECONDS = 1_000_000_000
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
@@ -31,14 +40,20 @@ def human_size(size: int | None) -> str:
 
 
 def local_date(date_ns: int) -> str:
-    """Return the local time to the second."""
-    return f"{datetime.fromtimestamp(date_ns // NANOSECONDS):%Y-%m-%d %H:%M:%S}"
+    """Return the local time to the second; seconds after "@" if no calendar has it."""
+    try:
+        return f"{datetime.fromtimestamp(date_ns // NANOSECONDS):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):  # a guest may say the year is 300 billion
+        return f"@{date_ns // NANOSECONDS}"
 
 
 def utc_date(date_ns: int) -> str:
-    """Return ISO 8601 in UTC with nanoseconds."""
+    """Return ISO 8601 in UTC with nanoseconds; seconds after "@" if no calendar has it."""
     seconds, nanoseconds = divmod(date_ns, NANOSECONDS)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
+    except (ValueError, OverflowError, OSError):
+        return f"@{seconds}.{nanoseconds:09d}"
 
 
 def image_text(key: str, raw: bytes | None) -> dict[str, str | None]:
@@ -58,6 +73,25 @@ def path_text(path: str) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return printable(raw)
+
+
+def name_text(raw: bytes) -> bytes:
+    """Return a name of a guest for standard output: escaped on a terminal, else as it is, for programs."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return raw
+    return printable(raw).encode(sys.stdout.encoding, "backslashreplace")
+
+
+def write_bytes(data: bytes) -> None:
+    """Write to standard output, which must get either all of its output as bytes or none.
+
+    Raises:
+        QcowfsError: it is closed.
+        OSError: it takes no more.
+    """
+    if sys.stdout is None:
+        raise QcowfsError("standard output is closed")
+    sys.stdout.buffer.write(data)
 
 
 def print_json(document: Any) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 
 from qcowfs.chain import Chain
 from qcowfs.errors import PointNotFound, printable
 from qcowfs.snapshot import Point, points
 from qcowfs.vfs import names
 
-__all__ = ["find_point", "named_points"]
+__all__ = ["find_place", "find_point", "named_points"]
 
 
 def named_points(chain: Chain) -> list[tuple[str, Point]]:
@@ -31,11 +32,35 @@ def find_point(chain: Chain, text: str) -> Point:
         PointNotFound: there is none, or more than one.
     """
     named = named_points(chain)
+    found = _meant(chain, named, text)
+    if found is None:
+        raise _not_found(chain, named, text)
+    return found[1]
+
+
+def find_place(chain: Chain, text: str) -> tuple[str, Point, str]:
+    """Return the point of POINT or POINT:PATH, with its name before it and the path after it, "" if there is none.
+
+    Names of points may have colons: the longest text before a colon that means a point is POINT.
+
+    Raises:
+        PointNotFound: no such text means a point, or it means more than one.
+    """
+    named = named_points(chain)
+    words = text.split(":")
+    for count in range(len(words), 0, -1):
+        found = _meant(chain, named, ":".join(words[:count]))
+        if found is not None:
+            return (*found, ":".join(words[count:]))
+    raise _not_found(chain, named, words[0])
+
+
+def _meant(chain: Chain, named: Sequence[tuple[str, Point]], text: str) -> tuple[str, Point] | None:
     wanted = os.fsencode(text)
     for matches in (
-        [point for name, point in named if text in (name, name + names.SUFFIX)],
-        [point for _, point in named if point.depth == 0 and point.snapshot_id == wanted],
-        [point for _, point in named if point.snapshot_name == wanted],
+        [(name, point) for name, point in named if text in (name, name + names.SUFFIX)],
+        [(name, point) for name, point in named if point.depth == 0 and point.snapshot_id == wanted],
+        [(name, point) for name, point in named if point.snapshot_name == wanted],
     ):
         if len(matches) == 1:
             return matches[0]
@@ -43,6 +68,12 @@ def find_point(chain: Chain, text: str) -> Point:
             raise PointNotFound(
                 chain.image, f"{printable(text)} means {len(matches)} points", "use a name of qcowfs list"
             )
+    return None
+
+
+def _not_found(chain: Chain, named: Sequence[tuple[str, Point]], text: str) -> PointNotFound:
     near = difflib.get_close_matches(text, [name for name, _ in named], 3)
     hint = f"did you mean {' or '.join(printable(name) for name in near)}?" if near else "qcowfs list shows the points"
-    raise PointNotFound(chain.image, f"no point {printable(text)}", "not a name, an id or a snapshot's name", hint=hint)
+    return PointNotFound(
+        chain.image, f"no point {printable(text)}", "not a name, an id or a snapshot's name", hint=hint
+    )

@@ -18,7 +18,7 @@ from tests.support import need
 
 MAN = Path(__file__).resolve().parents[2] / "man"
 PAGES = sorted(MAN.glob("*.[1-8]"))
-FLAG = re.compile(r"\bFl (Fl )?([a-z][\w-]*)")
+FLAG = re.compile(r"\bFl (Fl )?([a-zA-Z][\w-]*)")
 EXIT_CODE = re.compile(r"^\.It (\d+)$", re.MULTILINE)
 MOUNT_OPTION = re.compile(r"^\.It Cm (\w+)", re.MULTILINE)
 ATTRIBUTE = re.compile(r"^\.It Sy (user\.qcowfs\.\w+)", re.MULTILINE)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qcowfs import cli
+from qcowfs.cli import output
 from qcowfs.errors import GateRefused, NotAnImage, PointNotFound, SourceError, UnsupportedImage, UsageError
 from tests.support import need
 from tests.support.images import qemu
@@ -81,7 +82,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, int, str]]:
 
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("kind", ["missing", "directory", "fifo", "device", "empty", "text", "vmdk", "luks"])
-@pytest.mark.parametrize("verb", ["list", "info", "map"])
+@pytest.mark.parametrize("verb", ["list", "info", "map", "ls"])
 def test_bad_input_is_one_line_and_its_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, kind: str
 ) -> None:
@@ -160,7 +161,7 @@ def test_a_misspelt_verb_is_recognized(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["list"], ["info"], ["map"]):
+    for words in ([], ["list"], ["ls"], ["cat"], ["info"], ["map"]):
         with pytest.raises(SystemExit) as ended:
             cli.main([*words, "--help"])
 
@@ -220,6 +221,53 @@ def test_a_point_is_found_by_its_name_or_id(image: Path, text: str, expected: by
 
     with open_chain(str(image), Policy()) as chain:
         assert expected == find_point(chain, text).snapshot_id
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("current", ("current", "")),
+        ("current:", ("current", "")),
+        ("current.raw:p1", ("current", "p1")),
+        ("before-upgrade:p1/a:b", ("before-upgrade", "p1/a:b")),
+        ("before-upgrade:p1", ("before-upgrade", "p1")),
+        ("1:etc", ("before-upgrade", "etc")),
+        ("with:colon", ("with:colon", "")),
+        ("with:colon:p1", ("with:colon", "p1")),
+        ("with:x", ("with", "x")),
+        ("3:p1", ("with:colon", "p1")),
+    ],
+)
+def test_the_longest_text_before_a_colon_that_means_a_point_is_the_point(
+    image: Path, text: str, expected: tuple[str, str]
+) -> None:
+    from qcowfs.chain import open_chain
+    from qcowfs.cli.points import find_place
+    from qcowfs.gate import Policy
+
+    for name in ("with", "with:colon"):
+        qemu("qemu-img", "snapshot", "-c", name, image)
+
+    with open_chain(str(image), Policy()) as chain:
+        name, point, path = find_place(chain, text)
+        assert expected == (name, path)
+        assert point.snapshot_name == (None if name == "current" else name.encode())
+
+
+def test_a_place_in_no_point_suggests_the_nearest(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("ls", "cat"):
+        code, lines = failure(capsys, verb, image, "before-upgrad:p1/x:y")
+
+        assert PointNotFound.exit_code == code
+        assert lines[0].endswith("no point before-upgrad: not a name, an id or a snapshot's name")
+        assert lines[1] == "hint: did you mean before-upgrade?"
+
+
+def test_a_time_that_no_calendar_has_is_seconds() -> None:
+    """A guest may have set its clock to anything, and a hostile file system has 64 bits for it."""
+    assert "1969-12-31T23:59:59.999999999Z" == output.utc_date(-1)
+    assert f"@{2**62}.000000007" == output.utc_date(2**62 * 10**9 + 7)
+    assert f"@{-(2**62)}" == output.local_date(-(2**62) * 10**9)
 
 
 def test_a_point_that_is_not_there_suggests_the_nearest(image: Path, capsys: pytest.CaptureFixture[str]) -> None:

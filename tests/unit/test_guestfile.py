@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from qcowfs import limits
-from qcowfs._cache import Cache
-from qcowfs._core import Disk
 from qcowfs._mapped import Mapped
-from qcowfs._source import FileSource
-from qcowfs._tables import LayerMap
 from qcowfs.errors import TreeFault
 from qcowfs.inside.guestfile import file_disk
 from qcowfs.inside.reader import INLINE, Extents
 from qcowfs.inside.record import Extent
+from tests.support.volumes import mapped_file
 
 CONTENT = bytes(range(256)) * 256
 EMPTY: tuple[Extent, ...] = ()
@@ -47,11 +43,8 @@ class Crumbs(Told):
 def volume(tmp_path: Path) -> Iterator[Mapped]:
     path = tmp_path / "volume"
     path.write_bytes(b"?" * 512 + CONTENT)
-    size = path.stat().st_size
-    source = FileSource(os.open(path, os.O_RDONLY), str(path))
-    disk = Disk([LayerMap.raw(source, depth=0, virtual_size=size)], size, Cache(1 << 20))
-    yield Mapped(len(CONTENT), [disk], [(0, len(CONTENT), 0, 512)])
-    source.close()
+    with mapped_file(path, 512) as found:
+        yield found
 
 
 def test_pages_of_extents_make_one_file(volume: Mapped) -> None:

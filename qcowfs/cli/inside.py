@@ -1,0 +1,132 @@
+"""What is inside the points of an image, for the verbs that look there: opening it, and finding POINT:PATH.
+
+Used by the other files of this room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from qcowfs import limits
+from qcowfs._cache import Cache
+from qcowfs._core import Disk
+from qcowfs._mapped import Mapped
+from qcowfs.chain import Chain
+from qcowfs.cli.options import open_chain
+from qcowfs.cli.points import find_place, named_points
+from qcowfs.errors import PointNotFound, QcowfsError, TreeFault, UnsupportedImage, printable
+from qcowfs.inside.contents import Contents
+from qcowfs.inside.opened import open_disks
+from qcowfs.inside.pointfiles import point_root
+from qcowfs.inside.trees import Trees
+from qcowfs.inside.walk import Place
+from qcowfs.snapshot import Point, open_disk
+
+__all__ = ["PLACE_HELP", "Inside", "Spot", "open_inside", "told"]
+
+PLACE_HELP = "a point of qcowfs list, and a path in its directory of a mount: p1/etc/fstab, VG-LV/var, p1.raw"
+
+logger = logging.getLogger("qcowfs")
+
+
+@contextmanager
+def open_inside(args: argparse.Namespace) -> Iterator[Inside]:
+    """Open the image of `args` and the others that --with names.
+
+    Raises:
+        QcowfsError: one of them cannot be opened.
+    """
+    with Trees(recover=not args.norecovery) as trees, ExitStack() as stack:
+        chain = stack.enter_context(open_chain(args))
+        others = [stack.enter_context(open_chain(args, other)) for other in args.others]
+        yield Inside(chain, others, trees)
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A place that was found.
+
+    Attributes:
+        image: the path of the image.
+        point: the name of its point.
+        path: in the point's directory, without needless slashes.
+    """
+
+    image: str
+    point: str
+    path: bytes
+    place: Place
+
+    def where(self, path: bytes) -> str:
+        """Return how a place of the same point is called on the command line."""
+        return f"{self.point}:{os.fsdecode(path)}" if path else self.point
+
+
+class Inside:
+    """An image whose points are looked into.
+
+    Attributes:
+        chain: of the image.
+        trees: opens the trees in it.
+    """
+
+    def __init__(self, chain: Chain, others: Sequence[Chain], trees: Trees) -> None:
+        self.chain = chain
+        self.trees = trees
+        self._others = others
+        self._cache = Cache(limits.DEFAULT_CACHE_SIZE)
+
+    def find(self, text: str, *, follow: bool) -> Spot:
+        """Return what POINT or POINT:PATH means.
+
+        Args:
+            follow: a symbolic link that it ends with, too.
+
+        Raises:
+            QcowfsError: there is no such thing, or it cannot be read.
+        """
+        name, point, path = find_place(self.chain, text)
+        raw = os.fsencode(path)
+        spot_path = b"/".join(part for part in raw.split(b"/") if part not in (b"", b"."))
+        try:
+            root = point_root(name, point.date_ns, self.look(name, point), self.trees)
+            return Spot(self.chain.image, name, spot_path, root.resolve(raw, follow=follow))
+        except TreeFault as fault:
+            raise told(fault, self.chain.image, f"{name}:{path}" if path else name) from fault
+
+    def look(self, name: str, point: Point) -> tuple[Contents, Sequence[Mapped | None]]:
+        """Return the volumes of a point and their bytes; what is wrong with its tables goes to the log.
+
+        Raises:
+            QcowfsError: its disk cannot be read, or may change.
+        """
+        contents, volumes = open_disks([self._disk(self.chain, name, point), *self._beside(name)])
+        for note in contents.notes:
+            logger.warning("%s: %s", printable(name), note)
+        return contents, volumes
+
+    def _beside(self, name: str) -> Iterator[Disk]:
+        """Yield the disks of the other images at the point of this name, in their active states if they have none."""
+        for other in self._others:
+            named = named_points(other)
+            point_name, point = next((pair for pair in named if pair[0] == name), named[0])
+            yield self._disk(other, point_name, point)
+
+    def _disk(self, chain: Chain, name: str, point: Point) -> Disk:
+        if not point.frozen:
+            what, why = f"cannot look into {printable(name)}", "another process has it open for writing"
+            raise UnsupportedImage(chain.image, what, why, hint="internal snapshots can be looked into meanwhile")
+        return open_disk(chain, point, self._cache)
+
+
+def told(fault: TreeFault, image: str, where: str) -> QcowfsError:
+    """Return `fault` with the place as the person knows it, and the exit code that it has."""
+    if fault.errno in (errno.ENOENT, errno.ENOTDIR):
+        return PointNotFound(image, printable(where), fault.what, hint=fault.hint)
+    return TreeFault(where, fault.what, fault.errno, hint=fault.hint)

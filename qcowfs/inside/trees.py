@@ -1,0 +1,57 @@
+"""The trees that one command reads: one launcher for all of their workers, and nothing left of them at the end.
+
+Used by the commands, as a context. It has to be made before the command has threads.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from qcowfs._mapped import Mapped
+from qcowfs.inside.client import Tree
+from qcowfs.inside.contents import Item
+from qcowfs.inside.launcher import Launcher
+from qcowfs.inside.readers import available
+
+__all__ = ["Trees", "unreadable"]
+
+
+def unreadable(item: Item) -> str:
+    """Return why `item` has no tree, "" if one can be tried."""
+    if item.volume.trouble:
+        return item.volume.trouble
+    if item.filesystem is None:
+        return "nothing known is on it"
+    why = available(item.filesystem.kind)
+    return item.filesystem.trouble or (why and f"{item.filesystem.kind} cannot be read here: {why}")
+
+
+class Trees:
+    """A launcher, and the trees whose workers it has.
+
+    Args:
+        recover: replay journals in memory, as the guest's next boot would.
+    """
+
+    def __init__(self, *, recover: bool) -> None:
+        self._recover = recover
+        self._launcher = Launcher()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._launcher.close()
+
+    def tree(self, name: str, item: Item, volume: Mapped) -> Tree:
+        """Return the tree of an item that is not `unreadable`. Its worker starts when something is asked.
+
+        Args:
+            name: for messages.
+            volume: the bytes of `item.volume`.
+        """
+        assert item.filesystem is not None
+        return Tree(self._launcher, name, item.filesystem.kind, volume.virtual_size, volume.pread, self._recover)
