@@ -31,7 +31,7 @@ _VALUES = {"image_format": "image_format", "log_file": "log_file"}
 _CHOICES = {"symlinks": ("raw", "contain")}
 _SIZES = {"cache_size": "cache_size"}
 _IDS = ("uid", "gid")
-_LISTS = {"allow_backing": "allow_backing"}
+_LISTS = {"allow_backing": "allow_backing", "with": "others"}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}  # as qemu-img takes them, and with "iB" as it prints them
 _SIZE = re.compile(r"(\d{1,12})([KMG]?)(?:iB)?", re.IGNORECASE | re.ASCII)
 
@@ -40,7 +40,7 @@ LAST_ID = (1 << 32) - 2  # of users and groups; one more means "none" to the ker
 KNOWN = (
     *("allow_backing=DIR|any", "allow_other", "allow_root", "auto_unmount", "cache_size=SIZE", "gid=N"),
     *("image_format=FORMAT", "live", "log_file=FILE", "no_data_plane", "no_lock", "nonempty", "norecovery", "ro"),
-    *("symlinks=raw|contain", "uid=N", "umask=OCTAL"),
+    *("symlinks=raw|contain", "uid=N", "umask=OCTAL", "with=IMAGE"),
 )
 
 # Kernel mount flags and fstab's own words (mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS). A FUSE mount is nosuid
@@ -72,6 +72,7 @@ class MountOptions:
         symlinks: "raw", as they are stored, or "contain", so that none leads out of its tree.
         uid, gid: of all files inside; -1: as stored.
         umask: bits that are taken from the modes of the files and directories inside.
+        others: images of further disks of the same volume groups.
         allow_backing, cache_size, no_data_plane, no_lock, live, image_format, log_file: as the options of `qcowfs
             mount`.
     """
@@ -89,6 +90,7 @@ class MountOptions:
     uid: int = -1
     gid: int = -1
     umask: int = 0
+    others: tuple[str, ...] = ()
     allow_backing: tuple[str, ...] = ()
     cache_size: int = limits.DEFAULT_CACHE_SIZE
     image_format: str | None = None

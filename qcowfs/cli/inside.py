@@ -15,18 +15,18 @@ from dataclasses import dataclass
 
 from qcowfs import limits
 from qcowfs._cache import Cache
-from qcowfs._core import Disk
 from qcowfs._mapped import Mapped
 from qcowfs.chain import Chain
 from qcowfs.cli.options import open_chain
-from qcowfs.cli.points import find_place, named_points
-from qcowfs.errors import PointNotFound, QcowfsError, TreeFault, UnsupportedImage, printable
+from qcowfs.cli.points import find_place
+from qcowfs.errors import PointNotFound, QcowfsError, TreeFault, printable
 from qcowfs.inside.contents import Contents
 from qcowfs.inside.opened import open_disks
 from qcowfs.inside.pointfiles import point_root
 from qcowfs.inside.trees import Trees
 from qcowfs.inside.walk import Place
-from qcowfs.snapshot import Point, open_disk
+from qcowfs.snapshot import Point
+from qcowfs.vfs.beside import Beside, frozen_disk
 
 __all__ = ["PLACE_HELP", "Inside", "Spot", "open_inside", "told"]
 
@@ -79,8 +79,8 @@ class Inside:
     def __init__(self, chain: Chain, others: Sequence[Chain], trees: Trees) -> None:
         self.chain = chain
         self.trees = trees
-        self._others = others
         self._cache = Cache(limits.DEFAULT_CACHE_SIZE)
+        self._beside = Beside(others, self._cache)
 
     def find(self, text: str, *, follow: bool) -> Spot:
         """Return what POINT or POINT:PATH means.
@@ -106,23 +106,11 @@ class Inside:
         Raises:
             QcowfsError: its disk cannot be read, or may change.
         """
-        contents, volumes = open_disks([self._disk(self.chain, name, point), *self._beside(name)])
+        disk = frozen_disk(self.chain, name, point, self._cache)
+        contents, volumes = open_disks([disk, *self._beside.disks(name)])
         for note in contents.notes:
             logger.warning("%s: %s", printable(name), note)
         return contents, volumes
-
-    def _beside(self, name: str) -> Iterator[Disk]:
-        """Yield the disks of the other images at the point of this name, in their active states if they have none."""
-        for other in self._others:
-            named = named_points(other)
-            point_name, point = next((pair for pair in named if pair[0] == name), named[0])
-            yield self._disk(other, point_name, point)
-
-    def _disk(self, chain: Chain, name: str, point: Point) -> Disk:
-        if not point.frozen:
-            what, why = f"cannot look into {printable(name)}", "another process has it open for writing"
-            raise UnsupportedImage(chain.image, what, why, hint="internal snapshots can be looked into meanwhile")
-        return open_disk(chain, point, self._cache)
 
 
 def told(fault: TreeFault, image: str, where: str) -> QcowfsError:

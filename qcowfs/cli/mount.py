@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import qcowfs.cli
@@ -38,6 +39,7 @@ logger = logging.getLogger("qcowfs.mount")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `qcowfs mount`."""
     image_options.add_image_options(parser)
+    image_options.add_inside_options(parser)
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an empty directory")
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground; Ctrl-C unmounts")
     parser.add_argument(
@@ -111,8 +113,10 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
     check_fuse(options)
     directory = mountpoint.check(args.mountpoint, nonempty=options.nonempty)
     log = daemon.log_to_file(options.log_file) if options.log_file else None
-    with image_options.open_chain(args) as chain:
-        tree = _tree(chain, options)
+    with ExitStack() as stack:
+        chain = stack.enter_context(image_options.open_chain(args))
+        others = [stack.enter_context(image_options.open_chain(args, other)) for other in options.others]
+        tree = _tree(chain, others, options)
         session = Session(
             tree,
             os.path.abspath(args.image),
@@ -142,18 +146,20 @@ def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
         allow_other=args.allow_other or options.allow_other,
         live=args.live or options.live,
         log_file=args.log_file or options.log_file,
+        norecovery=args.norecovery or options.norecovery,
+        others=(*args.others, *options.others),
         no_data_plane=args.no_data_plane or options.no_data_plane,
         cache_size=options.cache_size if args.cache_size is None else mountoptions.cache_size(args.cache_size),
     )
 
 
-def _tree(chain: Chain, options: MountOptions) -> Tree:
+def _tree(chain: Chain, others: Sequence[Chain], options: MountOptions) -> Tree:
     """Return the tree of `chain`; the person hears now what it will not show."""
-    for layer in chain.layers:
+    for layer in (*chain.layers, *(layer for other in others for layer in other.layers)):
         snapshot.require_plain(layer)
     owner = (os.getuid(), os.getgid())
     points = snapshot.points(chain)
-    disks = ChainDisks(chain, options.cache_size)
+    disks = ChainDisks(chain, options.cache_size, others)
     image, shown = os.path.abspath(chain.image), _presentation(options)
     tree = Tree(points, disks, image=image, owner=owner, live=options.live, presentation=shown)
     if tree.left_out:

@@ -1,6 +1,6 @@
-"""The trees that one command reads: one launcher for all of their workers, and nothing left of them at the end.
+"""The trees that one process reads: one launcher for all of their workers, and nothing left of them at the end.
 
-Used by the commands, as a context. It has to be made before the command has threads.
+Used by the vfs, and by the commands as a context. It has to be made in the main thread, before there are others.
 """
 
 from __future__ import annotations
@@ -44,7 +44,15 @@ class Trees:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers."""
         self._launcher.close()
+
+    def idle(self, seconds: float) -> None:
+        """End the workers that nobody asked anything for so long."""
+        self._launcher.idle(seconds)
 
     def tree(self, name: str, item: Item, volume: Mapped) -> Tree:
         """Return the tree of an item that is not `unreadable`. Its worker starts when something is asked.

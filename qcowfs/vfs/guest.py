@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +71,7 @@ class Guest:
 
     Args:
         base: of its inode numbers in the mount.
-        facts: what is known of the file system before its tree is open, for its root's attributes user.qcowfs.*.
+        own_xattrs: returns the root's user.qcowfs.*, by what was done to bring the tree up to date.
         make_tree: makes the tree, of which nothing is read yet.
         volume: the bytes that the tree is on.
     """
@@ -80,7 +79,7 @@ class Guest:
     def __init__(
         self,
         base: int,
-        facts: Mapping[str, str],
+        own_xattrs: Callable[[str], Mapping[bytes, bytes]],
         make_tree: Callable[[], Tree],
         volume: Mapped,
         nodes: Nodes,
@@ -89,7 +88,7 @@ class Guest:
     ) -> None:
         self.base = base
         self.volume = volume
-        self._before = facts
+        self._own_xattrs = own_xattrs
         self._make_tree = make_tree
         self._nodes = nodes
         self._presentation = presentation
@@ -97,7 +96,7 @@ class Guest:
         self._lock = threading.Lock()
         self._tree: Tree | None = None
         self._root = 0
-        self._facts: Mapping[str, str] = {}
+        self._recovery = ""
         self._depths = Depths(base) if presentation.contain else None
         self.resolved = False
         self.attributes_of_root: Attributes | None = None
@@ -120,7 +119,7 @@ class Guest:
             return
         self._tree = tree
         self._nodes.enter(self.base, self._root, self.volume, self, uid=shown.uid, gid=shown.gid, umask=shown.umask)
-        self._facts = {**self._before, **{key: facts[key] for key in ("recovery",) if key in facts}}
+        self._recovery = facts.get("recovery", "")
         self.attributes_of_root = self._shown(self._nodes.inode(self.base, root))
         self.resolved = True
 
@@ -192,8 +191,7 @@ class Guest:
         with self._reported():
             tree = self._opened()
             if number == self.base and name.startswith(PREFIX):
-                value = self._facts.get(name.removeprefix(PREFIX).decode("ascii", "replace"))
-                found = None if value is None else os.fsencode(value)
+                found = self._own_xattrs(self._recovery).get(name)
             else:
                 found = tree.xattrs(self._ino(number)).get(name)
             if found is None:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from qcowfs._nodes import Nodes
 from qcowfs.errors import printable
+from qcowfs.vfs import xattrs
 from qcowfs.vfs.faults import FaultLog
 from qcowfs.vfs.guest import Guest, Presentation
 
 if TYPE_CHECKING:
     from qcowfs._mapped import Mapped
     from qcowfs.inside.contents import Item
-    from qcowfs.inside.launcher import Launcher
+    from qcowfs.inside.trees import Trees
 
 __all__ = ["Guests"]
 
@@ -40,24 +41,24 @@ class Guests:
         self.nodes = Nodes()
         self._presentation = presentation
         self._faults = faults
-        self._launcher: Launcher | None = None
+        self._trees: Trees | None = None
         self._told: set[tuple[bytes, str]] = set()  # volumes' names, and why they have no directory
 
     def start(self) -> None:
-        """Start what starts the trees' workers: a fork, so before there are threads."""
-        from qcowfs.inside.launcher import Launcher
+        """Start what starts the trees' workers: a fork, so in the main thread and before there are others."""
+        from qcowfs.inside.trees import Trees
 
-        self._launcher = Launcher()
+        self._trees = Trees(recover=self._presentation.recover)
 
     def close(self) -> None:
         """End all workers."""
-        if self._launcher is not None:
-            self._launcher.close()
+        if self._trees is not None:
+            self._trees.close()
 
     def retire(self) -> None:
         """End the workers that nobody asked anything for a while."""
-        if self._launcher is not None:
-            self._launcher.idle(IDLE_SECONDS)
+        if self._trees is not None:
+            self._trees.idle(IDLE_SECONDS)
 
     def guest(self, base: int, path: bytes, item: Item, volume: Mapped) -> Guest | None:
         """Return the tree of a volume, of which nothing is read yet; None if there is none that can be shown.
@@ -68,21 +69,25 @@ class Guests:
             item: the volume, and what it holds.
             volume: its bytes.
         """
-        if self._launcher is None or item.filesystem is None:
+        if self._trees is None or item.filesystem is None:
             return None
-        from qcowfs.inside.client import Tree
-        from qcowfs.inside.readers import available
+        from qcowfs.inside.trees import unreadable
 
         found, name = item.filesystem, os.fsdecode(path)
-        if trouble := found.trouble or available(found.kind):
+        if trouble := unreadable(item):
             self._tell(name, item, trouble)
             return None
-        recover = self._presentation.recover
-        make_tree = partial(Tree, self._launcher, name, found.kind, volume.virtual_size, volume.pread, recover)
-        recovery = "" if recover or found.clean is not False else "not done, though it is needed"
-        facts = {"filesystem": found.kind, "label": found.label, "uuid": found.uuid, "recovery": recovery}
-        known = {key: value for key, value in facts.items() if value}
-        return Guest(base, known, make_tree, volume, self.nodes, self._presentation, self._faults)
+        make_tree = partial(self._trees.tree, name, item, volume)
+        not_done = "" if self._presentation.recover or found.clean is not False else "not done, though it is needed"
+        return Guest(
+            base,
+            lambda recovery: xattrs.of_tree(found, recovery or not_done),
+            make_tree,
+            volume,
+            self.nodes,
+            self._presentation,
+            self._faults,
+        )
 
     def _tell(self, name: str, item: Item, trouble: str) -> None:
         """Log why there is no directory: once of a volume that all points have, never where nobody expects one."""

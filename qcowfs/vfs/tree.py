@@ -21,6 +21,7 @@ from qcowfs._source import FileSource
 from qcowfs.sizes import Sizes
 from qcowfs.snapshot import LiveDisk, open_disk
 from qcowfs.vfs import names, xattrs
+from qcowfs.vfs.beside import Beside
 from qcowfs.vfs.faults import FaultLog
 from qcowfs.vfs.folder import Folder
 from qcowfs.vfs.guest import Guest, GuestRoot, Presentation
@@ -48,7 +49,7 @@ class Disks(Protocol):
     def live(self, point: Point) -> Disk: ...
     def allocated(self, point: Point) -> int: ...
     def file_status(self, point: Point) -> os.stat_result: ...
-    def inside(self, point: Point) -> tuple[Contents, Sequence[Mapped | None]]: ...
+    def inside(self, point: Point, name: str) -> tuple[Contents, Sequence[Mapped | None]]: ...
 
 
 class ChainDisks:
@@ -56,11 +57,13 @@ class ChainDisks:
 
     Args:
         cache_size: bytes of that cache.
+        others: chains of further disks that belong to the same volume groups.
     """
 
-    def __init__(self, chain: Chain, cache_size: int = limits.DEFAULT_CACHE_SIZE) -> None:
+    def __init__(self, chain: Chain, cache_size: int = limits.DEFAULT_CACHE_SIZE, others: Sequence[Chain] = ()) -> None:
         self._chain = chain
         self._cache = Cache(cache_size)
+        self._beside = Beside(others, self._cache)
         self._sizes = Sizes(chain)
 
     def frozen(self, point: Point, identity: int) -> Disk:
@@ -75,11 +78,11 @@ class ChainDisks:
         """Return the bytes that `point` allocates; walks its tables."""
         return self._sizes.allocated(point)
 
-    def inside(self, point: Point) -> tuple[Contents, Sequence[Mapped | None]]:
-        """Return the volumes of a point that cannot change, and their bytes."""
+    def inside(self, point: Point, name: str) -> tuple[Contents, Sequence[Mapped | None]]:
+        """Return the volumes of a point that cannot change, and their bytes; `name` is the point's."""
         from qcowfs.inside.opened import open_disks  # 10 ms, and no mount has to wait for it
 
-        return open_disks([open_disk(self._chain, point, self._cache)])
+        return open_disks([open_disk(self._chain, point, self._cache), *self._beside.disks(name)])
 
     def file_status(self, point: Point) -> os.stat_result:
         """Return the status of the file of `point`'s layer now, by its descriptor: the path may lie under the mount."""
@@ -215,15 +218,15 @@ class Tree:
             file_name = (name + names.SUFFIX).encode()
             self._add(self._file(file_name, point))
             if point.frozen:
-                self._add_folder(name.encode(), point)
+                self._add_folder(name, point)
             if point is newest:
                 link = self._place((names.LATEST + names.SUFFIX).encode(), point.date_ns)
                 self._add(Symlink(link, file_name))
 
-    def _add_folder(self, name: bytes, point: Point) -> None:
-        place = self._place(name, point.date_ns)
-        look = partial(self._disks.inside, point)
-        self._folders[name] = Folder(
+    def _add_folder(self, name: str, point: Point) -> None:
+        place = self._place(name.encode(), point.date_ns)
+        look = partial(self._disks.inside, point, name)
+        self._folders[place.name] = Folder(
             place, self.root, look, self._place_inside, self._number, self._guest_of, self._faults
         )
 

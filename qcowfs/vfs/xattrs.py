@@ -1,7 +1,7 @@
 """The extended attributes `user.qcowfs.*`: what a file in the mount is, for scripts.
 
-Used by vfs/node.py. Pure functions. Values are text, numbers in decimal, times in UTC; only `name`, `id` and `layer`
-are the raw bytes of the image. qcowfs-layout(7) documents them.
+Used by vfs/tree.py and vfs/guests.py. Pure functions. Values are text, numbers in decimal, times in UTC; only `name`,
+`id` and `layer` are the raw bytes of the image. qcowfs-layout(7) documents them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from qcowfs import __version__
 
 if TYPE_CHECKING:
+    from qcowfs.inside.filesystems import Filesystem
     from qcowfs.snapshot import Point
 
-__all__ = ["PREFIX", "of_point", "of_root"]
+__all__ = ["PREFIX", "of_point", "of_root", "of_tree"]
 
 PREFIX = b"user.qcowfs."
 NANOSECONDS = 1_000_000_000
@@ -41,6 +42,12 @@ def of_point(point: Point) -> dict[bytes, bytes]:
 def of_root(image: str) -> dict[bytes, bytes]:
     """Return the attributes of the mount's root: the image's path and the daemon that serves it (this process)."""
     return _encoded({"image": os.fsencode(image), "pid": os.getpid(), "version": __version__})
+
+
+def of_tree(found: Filesystem, recovery: str) -> dict[bytes, bytes]:
+    """Return the attributes of a tree's root; `recovery` is what was done to bring it up to date."""
+    facts = {"filesystem": found.kind, "label": found.label, "uuid": found.uuid, "recovery": recovery}
+    return _encoded({key: os.fsencode(value) or None for key, value in facts.items()})
 
 
 def _encoded(facts: dict[str, bytes | str | int | None]) -> dict[bytes, bytes]:

@@ -104,7 +104,7 @@ class FakeDisks:
         self.counted += 1
         return point.virtual_size // 2
 
-    def inside(self, point: Point) -> tuple[Contents, list[Mapped | None]]:
+    def inside(self, point: Point, name: str) -> tuple[Contents, list[Mapped | None]]:
         self.looked += 1
         return Contents([], []), []
 
