@@ -26,6 +26,9 @@ OLD_INODE = 128  # bytes; what is longer has i_extra_isize next
 XATTR_MAGIC = 0xEA020000
 HELD_DIRECTORIES = 4
 FEW_EXTENTS = 4
+TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
+MAX_SIZE = (1 << 63) - 1
+MAX_NANOSECONDS = 999_999_999
 
 
 def open_reader(device: Device, *, recover: bool) -> Reader:
@@ -111,6 +114,8 @@ class ExtReader:
         mode, links = struct.unpack_from("<H24xH", raw)
         if not mode and not links:
             raise FileNotFoundError(errno.ENOENT, "a deleted inode")
+        if stat.S_IFMT(mode) not in TYPES:
+            raise OSError(errno.EIO, f"inode {ino}: the mode {mode:#o}, which no file has")
         return raw
 
     def _told(self, ino: int, raw: bytes) -> Inode:
@@ -125,6 +130,8 @@ class ExtReader:
             blocks *= self._fs.block_size // 512 if _flags(raw) & HUGE_FILE else 1
         if stat.S_ISREG(mode) and _flags(raw) & INLINE_DATA:  # the kernel adds them, lest tools take it for empty
             blocks += (size + 511) // 512
+        if max(size, blocks << 9) > MAX_SIZE:
+            raise OSError(errno.EIO, f"inode {ino}: a size that no file has")
         bare = not acl and not acl_high and not _has_inner_xattrs(raw)
         (atime, atime_ns), (ctime, ctime_ns), (mtime, mtime_ns) = (_time(raw, *at) for at in TIMES)
         return Inode(
@@ -212,7 +219,7 @@ def _time(raw: bytes, seconds_at: int, extra_at: int) -> tuple[int, int]:
     if extra_at + 4 > _extra(raw):
         return seconds, 0
     extra = int.from_bytes(raw[extra_at : extra_at + 4], "little")
-    return seconds + ((extra & 3) << 32), extra >> 2
+    return seconds + ((extra & 3) << 32), min(extra >> 2, MAX_NANOSECONDS)
 
 
 def _has_inner_xattrs(raw: bytes) -> bool:
