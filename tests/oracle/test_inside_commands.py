@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from qcowfs import cli
+from qcowfs.errors import UnsupportedImage
+from tests.oracle.test_lock import typing
 from tests.support import crash, need
 from tests.support.disks import run
 from tests.support.guests import Guest, bare_image, loop_mounted, make_tree, partitioned_image
@@ -410,6 +412,24 @@ def test_an_interrupt_ends_the_command_and_its_workers(partitioned: Partitioned)
         assert process.stderr.read() == b""  # also of whoever inherited it
         process.stdout.close()
     assert process.returncode == 130
+
+
+def test_what_is_being_written_is_not_looked_into(bare: Bare, tmp_path: Path) -> None:
+    """And its snapshots are, which the writer does not touch."""
+    need("qemu-io", "stdbuf")
+    image = tmp_path / "disk.qcow2"
+    shutil.copy(bare.image, image)
+    with typing(image, tmp_path):
+        refused = [call(*words) for words in (("ls", image), ("cat", image, "current:etc/fstab"))]
+        snapshot = output("cat", image, "before:etc/fstab")
+        points = json.loads(output("list", "-v", "--json", image))["points"]
+
+    for done in refused:
+        assert one_line(done).endswith("cannot look into current: another process has it open for writing")
+        assert UnsupportedImage.exit_code == done.returncode
+    assert b"UUID=1 / ext4 defaults 0 1\n" == snapshot
+    assert [None, "ext4"] == [point["volumes"] and point["volumes"][0]["file_system"]["type"] for point in points]
+    assert points[0]["trouble"].endswith("another process has it open for writing")
 
 
 def test_a_point_whose_name_has_colons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
