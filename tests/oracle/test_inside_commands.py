@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
+import pty
 import random
 import re
 import shutil
@@ -200,6 +202,22 @@ def test_names_in_a_pipe_are_those_that_ls_prints(bare: Bare, tmp_path: Path) ->
     assert b"".join(name + b"\n" for name in names) == output("ls", bare.image, "before")
 
 
+def test_names_on_a_terminal_are_escaped(bare: Bare) -> None:
+    terminal, ours = pty.openpty()
+    try:
+        with subprocess.Popen([*launcher(), "ls", str(bare.image), "before"], stdout=ours) as process:
+            os.close(ours)
+            said = b""
+            with contextlib.suppress(OSError):  # EIO: nobody has the other side
+                while data := os.read(terminal, 1 << 16):
+                    said += data
+    finally:
+        os.close(terminal)
+
+    assert process.returncode == 0
+    assert {rb"\xff\xfe", rb"new\x0aline", rb"back\\slash", rb"\x1b[31mred", b"etc"} <= set(said.split(b"\r\n"))
+
+
 def test_long_lines_are_those_of_ls(bare: Bare, tmp_path: Path) -> None:
     """All but the date, whose form is another, and the names, which ls quotes in no pipe either."""
     raw_image = bare.image.with_name("before.raw")
@@ -275,8 +293,11 @@ def test_a_volume_group_of_two_images(tmp_path: Path, capsys: pytest.CaptureFixt
 
     found = entries(output("ls", "-R", "--json", "--with", images[1], images[0], "both:vg-lv"))
     assert expected(guest, b"vg-lv/") == {path: told(entry) for path, entry in found.items()}
-    assert cli.main(["ls", str(images[0]), "both:vg-lv"]) == 1
-    assert "both:vg-lv: " in capsys.readouterr().err
+    for place in ("both:vg-lv", "both:vg-lv.raw"):
+        assert cli.main(["ls", str(images[0]), place]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(f"qcowfs: {place}: the physical volume [-\\w]+ is missing", said[0])
+        assert said[1].startswith("hint: --with adds")
     assert "no files: " in verbose(capsys, images[0])
 
 
