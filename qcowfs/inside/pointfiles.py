@@ -117,7 +117,7 @@ class Volumes(Place):
             hint = walk.suggestion(name, known) or "qcowfs ls shows what is there, qcowfs list -v why something is not"
             raise TreeFault(self.name, os.strerror(errno.ENOENT), errno.ENOENT, hint=hint)
         if disk is None:
-            raise TreeFault(self.name, printable(item.volume.trouble), errno.ENOTSUP)
+            raise _refused(self.name, item, item.volume.trouble)
         return self._raw(name.removesuffix(SUFFIX), disk)
 
     def _raw(self, name: bytes, disk: Mapped) -> RawVolume:
@@ -133,8 +133,14 @@ class Volumes(Place):
 def _root(name: str, item: Item, disk: Mapped | None, trees: Trees) -> Place:
     why = unreadable(item)
     if why or disk is None:
-        raise TreeFault(name, printable(why), errno.ENOTSUP)
+        raise _refused(name, item, why)
     return walk.root_of(trees.tree(name, item, disk), disk)
+
+
+def _refused(name: str, item: Item, why: str) -> TreeFault:
+    elsewhere = item.volume.kind == "lv" and item.volume.trouble
+    hint = "--with adds the image of another disk, if a part of the volume is there" if elsewhere else None
+    return TreeFault(name, printable(why), errno.ENOTSUP, hint=hint)
 
 
 def _inode(mode: int, size: int, date_ns: int) -> Inode:

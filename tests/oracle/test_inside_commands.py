@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import pty
 import random
 import re
 import shutil
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from qcowfs import cli
+from qcowfs.errors import UnsupportedImage
+from tests.oracle.test_lock import typing
 from tests.support import crash, need
 from tests.support.disks import run
 from tests.support.guests import Guest, bare_image, loop_mounted, make_tree, partitioned_image
@@ -198,6 +202,22 @@ def test_names_in_a_pipe_are_those_that_ls_prints(bare: Bare, tmp_path: Path) ->
     assert b"".join(name + b"\n" for name in names) == output("ls", bare.image, "before")
 
 
+def test_names_on_a_terminal_are_escaped(bare: Bare) -> None:
+    terminal, ours = pty.openpty()
+    try:
+        with subprocess.Popen([*launcher(), "ls", str(bare.image), "before"], stdout=ours) as process:
+            os.close(ours)
+            said = b""
+            with contextlib.suppress(OSError):  # EIO: nobody has the other side
+                while data := os.read(terminal, 1 << 16):
+                    said += data
+    finally:
+        os.close(terminal)
+
+    assert process.returncode == 0
+    assert {rb"\xff\xfe", rb"new\x0aline", rb"back\\slash", rb"\x1b[31mred", b"etc"} <= set(said.split(b"\r\n"))
+
+
 def test_long_lines_are_those_of_ls(bare: Bare, tmp_path: Path) -> None:
     """All but the date, whose form is another, and the names, which ls quotes in no pipe either."""
     raw_image = bare.image.with_name("before.raw")
@@ -273,8 +293,11 @@ def test_a_volume_group_of_two_images(tmp_path: Path, capsys: pytest.CaptureFixt
 
     found = entries(output("ls", "-R", "--json", "--with", images[1], images[0], "both:vg-lv"))
     assert expected(guest, b"vg-lv/") == {path: told(entry) for path, entry in found.items()}
-    assert cli.main(["ls", str(images[0]), "both:vg-lv"]) == 1
-    assert "both:vg-lv: " in capsys.readouterr().err
+    for place in ("both:vg-lv", "both:vg-lv.raw"):
+        assert cli.main(["ls", str(images[0]), place]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(f"qcowfs: {place}: the physical volume [-\\w]+ is missing", said[0])
+        assert said[1].startswith("hint: --with adds")
     assert "no files: " in verbose(capsys, images[0])
 
 
@@ -410,6 +433,24 @@ def test_an_interrupt_ends_the_command_and_its_workers(partitioned: Partitioned)
         assert process.stderr.read() == b""  # also of whoever inherited it
         process.stdout.close()
     assert process.returncode == 130
+
+
+def test_what_is_being_written_is_not_looked_into(bare: Bare, tmp_path: Path) -> None:
+    """And its snapshots are, which the writer does not touch."""
+    need("qemu-io", "stdbuf")
+    image = tmp_path / "disk.qcow2"
+    shutil.copy(bare.image, image)
+    with typing(image, tmp_path):
+        refused = [call(*words) for words in (("ls", image), ("cat", image, "current:etc/fstab"))]
+        snapshot = output("cat", image, "before:etc/fstab")
+        points = json.loads(output("list", "-v", "--json", image))["points"]
+
+    for done in refused:
+        assert one_line(done).endswith("cannot look into current: another process has it open for writing")
+        assert UnsupportedImage.exit_code == done.returncode
+    assert b"UUID=1 / ext4 defaults 0 1\n" == snapshot
+    assert [None, "ext4"] == [point["volumes"] and point["volumes"][0]["file_system"]["type"] for point in points]
+    assert points[0]["trouble"].endswith("another process has it open for writing")
 
 
 def test_a_point_whose_name_has_colons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
