@@ -149,6 +149,8 @@ cdef class Listing:
         self.child, self.length, self.kind, self.name = le32(at), at[6], at[7], at + HEAD
         if size % 4 or size < HEAD + 4 or size < HEAD + self.length or size > left:
             return False
+        if size < left < size + HEAD + 4:
+            return False
         if self.child > self.volume.fs.super.s_inodes_count:
             return False
         self.at += size

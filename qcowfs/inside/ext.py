@@ -34,9 +34,13 @@ def open_reader(device: Device, *, recover: bool) -> Reader:
             to be recovered and cannot be.
     """
     try:
-        return ExtReader(device, jbd2.recover(device) if recover else None)
+        reader = ExtReader(device, jbd2.recover(device) if recover else None)
+        root = Inode._make(INODE.unpack(reader.stat(ROOT)))
     except OSError as error:
         raise Unreadable(f"ext: {error.strerror}") from error
+    if not stat.S_ISDIR(root.mode):
+        raise Unreadable("ext: its root is no directory")
+    return reader
 
 
 class ExtReader:
