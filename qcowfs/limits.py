@@ -71,6 +71,7 @@ INSIDE_ANSWER = 4 << 20  # bytes of one answer: the 1 MiB of a read, or all exte
 INSIDE_ERROR = 300  # bytes of an error's text, which may hold names of the volume
 INSIDE_EXTENTS = 65536  # extents of one answer
 MAX_EXT_DIRECTORY = 16 << 30  # bytes of one ext directory that are listed: 250 million names, and Linux is slow by then
+MAX_EXT_XATTRS = 2 << 20  # bytes of the extended attributes of one ext inode: an answer has them all
 MAX_EXT_MAP = 1 << 16  # extents, and KiB of the map's blocks, of one ext file that a request looks at: 0.1 s
 
 MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
