@@ -12,7 +12,7 @@ from errno import ENOENT, ENOTDIR
 from hashlib import sha256
 from os import strerror
 
-from libc.errno cimport EIO
+from libc.errno cimport EFBIG, EIO
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
@@ -112,7 +112,7 @@ cdef class Listing:
         else:
             self.block = self.after // unit
         if told.size > LONGEST or (self.inline is not None and <uint64_t>len(self.inline) > unit):
-            raise OSError(EIO, f"directory {ino}: longer than any")
+            raise OSError(EFBIG, f"directory {ino}: longer than can be looked through")
         self.runs.found, self.runs.limit = self.found, <uint64_t>RUNS
         self.runs.end = told.size // unit + (told.size % unit != 0)
 

@@ -70,7 +70,8 @@ INSIDE_WANT = 1 << 20  # bytes that a worker may ask for at once, and that one r
 INSIDE_ANSWER = 4 << 20  # bytes of one answer: the 1 MiB of a read, or all extended attributes of one file
 INSIDE_ERROR = 300  # bytes of an error's text, which may hold names of the volume
 INSIDE_EXTENTS = 65536  # extents of one answer
-MAX_EXT_DIRECTORY = 16 << 30  # bytes of one ext directory that are listed: 250 million names, and Linux is slow by then
+MAX_EXT_DIRECTORY = 1 << 30  # bytes of one ext directory: 16 million names or more; to look through it takes seconds
+EXT_BLOCKS = 8 << 20  # bytes of blocks that are held beside those of 64 KiB: inodes are not asked for in order
 MAX_EXT_XATTRS = 2 << 20  # bytes of the extended attributes of one ext inode: an answer has them all
 MAX_EXT_MAP = 1 << 16  # extents, and KiB of the map's blocks, of one ext file that a request looks at: 0.1 s
 

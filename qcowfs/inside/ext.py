@@ -1,6 +1,8 @@
 """The reader of ext2, ext3 and ext4: what libext2fs finds, said as Linux says it.
 
-Used by the worker. Names are given as stored; those of encrypted directories too, but for what Linux cannot have.
+Used by the worker. Names are given as stored; those of encrypted directories, and encrypted targets, as Linux shows
+them without the key. Files that an interrupted truncation left with blocks past their end still count those: the next
+boot frees them.
 """
 
 from __future__ import annotations

@@ -7,10 +7,13 @@ import os
 import re
 import struct
 import subprocess
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from qcowfs import limits
 from qcowfs.inside.reader import Reader, Unreadable
 from tests.support import need
 from tests.support.crash import FileDevice
@@ -260,6 +263,24 @@ def test_a_map_of_indirect_blocks_that_repeats_itself_is_walked_in_small_steps(i
         place, steps = found.end, steps + 1
 
     assert steps < 1000
+
+
+@pytest.mark.parametrize(("size", "outcome"), [(1 << 30, 0), ((1 << 30) + BLOCK, errno.EFBIG)])
+def test_a_directory_of_nothing_is_looked_through_in_bounded_time(image: Image, size: int, outcome: int) -> None:
+    """A million blocks, which are all the same one, without a name."""
+    image.debugfs("feature -metadata_csum", "sif /directory flags 0", f"sif /directory size {size}")
+    blocks = image.blocks("/file")[:4]
+    image.write(blocks[0] * BLOCK, struct.pack("<IHBB", 0, BLOCK, 0, 0))
+    for child, node in pairwise(blocks):
+        image.write(node * BLOCK, struct.pack("<I", child) * 256)
+    write_map(image, "/directory", struct.pack("<15I", *blocks[:1] * 12, *blocks[1:]))
+    start = time.process_time()
+
+    found, error = listed(image.reader(), b"directory")
+
+    assert outcome == error
+    assert found == []
+    assert time.process_time() - start < limits.INSIDE_REQUEST_SECONDS
 
 
 def write_map(image: Image, path: str, content: bytes) -> None:

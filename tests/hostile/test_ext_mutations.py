@@ -29,6 +29,7 @@ BATCH_SECONDS = 30  # a slip costs the whole of it; usually a batch takes half a
 UNIT = 1024
 MOST_INODES = 3000  # that a walk looks at: damage may make directories of files, but no more inodes than there are
 MOST_PAGES = 2000
+UUID = "00112233-4455-6677-8899-aabbccddeeff"
 KINDS = {
     "checksums": "extent,inline_data,metadata_csum,ea_inode",
     "inline_data": "extent,inline_data,ea_inode,^metadata_csum",
@@ -54,10 +55,11 @@ class Memory:
 
 
 def plant(root: Path) -> None:
+    rng = random.Random(2)
     for number in range(60):
         directory = root / f"directory{number % 3}"
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"a file of some name {number}").write_bytes(os.urandom(number * 40))
+        (directory / f"a file of some name {number}").write_bytes(rng.randbytes(number * 40))
     for number in range(3):
         os.setxattr(root / f"directory{number}", "user.small", b"x" * 20)
         os.setxattr(root / f"directory{number}" / f"a file of some name {number}", "user.large", b"x" * 600)
@@ -76,9 +78,19 @@ def make(directory: Path, kind: str) -> bytes:
         make_file_system(image, "-d", str(tree))
         forge(image)
         return image.read_bytes()
-    features = f"{KINDS[kind]},^has_journal"
-    command = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", str(UNIT), "-O", features, "-d", tree, image, "2M"]
-    subprocess.run(command, check=True)
+    options = [
+        "-t",
+        "ext4",
+        "-b",
+        str(UNIT),
+        "-O",
+        f"{KINDS[kind]},^has_journal",
+        "-U",
+        UUID,
+        "-E",
+        f"hash_seed={UUID}",
+    ]
+    subprocess.run(["mke2fs", "-q", "-F", *options, "-d", tree, image, "2M"], check=True)
     subprocess.run(["e2fsck", "-fyD", image], check=False, capture_output=True)
     return image.read_bytes()
 
