@@ -14,8 +14,9 @@ from libc.string cimport memcpy, memset
 from qcowfs._records cimport RECORD_NO_XATTRS, inode_record_t
 from qcowfs.clib.ext2fs cimport *
 
+from qcowfs.limits import EXT_BLOCKS, MAX_EXT_XATTRS
+
 cdef enum:
-    HELD = 8 << 20  # bytes of blocks that are held: asking the Device takes 2 us, and inodes are not asked for in order
     OLD_INODE = 128  # bytes; what is longer has i_extra_isize next
     OLD_EXTRA = 32  # what the kernel takes for i_extra_isize where that is 0
     XATTR_MAGIC = 0xEA020000
@@ -33,6 +34,8 @@ cdef enum:
     INCOMPAT_LARGEDIR = 0x4000
 
 cdef uint64_t LAST_BYTE = <uint64_t>1 << 62
+cdef size_t HELD = EXT_BLOCKS
+cdef size_t XATTRS = MAX_EXT_XATTRS
 cdef object opening = None  # the Device that ext2fs_open2 is about to ask for: it passes only a name on
 
 
@@ -83,12 +86,12 @@ cdef errcode_t io_set_blksize(io_channel channel, int size) noexcept nogil:
     cdef volume_t *volume = <volume_t *>channel.private_data
     channel.block_size = size
     hold_nothing(volume)
-    volume.numbers = <uint64_t *>calloc(<size_t>(HELD // size), sizeof(uint64_t))
+    volume.numbers = <uint64_t *>calloc(HELD // <size_t>size, sizeof(uint64_t))
     volume.blocks = <char *>malloc(HELD)
     if volume.numbers == NULL or volume.blocks == NULL:
         hold_nothing(volume)
         return EXT2_ET_NO_MEMORY
-    volume.slots = <uint64_t>(HELD // size)
+    volume.slots = HELD // <size_t>size
     return 0
 
 
@@ -152,8 +155,19 @@ manager.write_blk64 = io_write64
 manager.flush = io_flush
 
 
+cdef struct xattrs_t:
+    void *found
+    size_t left  # bytes that they may still take
+    bint too_many
+
+
 cdef int take_xattr(char *name, char *value, size_t length, void *data) noexcept with gil:
-    (<dict>data)[<bytes>name] = value[:<Py_ssize_t>length] if length else b""
+    cdef xattrs_t *xattrs = <xattrs_t *>data
+    if length > xattrs.left:
+        xattrs.too_many = True
+        return XATTR_ABORT
+    xattrs.left -= length
+    (<dict>xattrs.found)[<bytes>name] = value[:<Py_ssize_t>length] if length else b""
     return 0
 
 
@@ -236,12 +250,15 @@ cdef class Filesystem:
         """Return the extended attributes; ACLs in ext4's own form."""
         cdef ext2_xattr_handle *handle = NULL
         found = {}
+        cdef xattrs_t xattrs = xattrs_t(<void *>found, XATTRS, False)
         check(ext2fs_xattrs_open(self.fs, ino, &handle), f"xattrs of inode {ino}")
         try:
             check(ext2fs_xattrs_read(handle), f"xattrs of inode {ino}")
-            check(ext2fs_xattrs_iterate(handle, take_xattr, <void *>found), f"xattrs of inode {ino}")
+            check(ext2fs_xattrs_iterate(handle, take_xattr, &xattrs), f"xattrs of inode {ino}")
         finally:
             ext2fs_xattrs_close(&handle)
+        if xattrs.too_many:
+            raise OSError(errno.E2BIG, f"inode {ino}: more than {XATTRS} bytes of extended attributes")
         return found
 
     def inline(self, uint32_t ino) -> bytes:

@@ -12,7 +12,7 @@ from errno import ENOENT, ENOTDIR
 from hashlib import sha256
 from os import strerror
 
-from libc.errno cimport EIO
+from libc.errno cimport EFBIG, EIO
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
@@ -112,7 +112,7 @@ cdef class Listing:
         else:
             self.block = self.after // unit
         if told.size > LONGEST or (self.inline is not None and <uint64_t>len(self.inline) > unit):
-            raise OSError(EIO, f"directory {ino}: longer than any")
+            raise OSError(EFBIG, f"directory {ino}: longer than can be looked through")
         self.runs.found, self.runs.limit = self.found, <uint64_t>RUNS
         self.runs.end = told.size // unit + (told.size % unit != 0)
 
@@ -148,6 +148,8 @@ cdef class Listing:
                 size = (size & <uint32_t>65532) | (size & <uint32_t>3) << 16
         self.child, self.length, self.kind, self.name = le32(at), at[6], at[7], at + HEAD
         if size % 4 or size < HEAD + 4 or size < HEAD + self.length or size > left:
+            return False
+        if size < left < size + HEAD + 4:
             return False
         if self.child > self.volume.fs.super.s_inodes_count:
             return False

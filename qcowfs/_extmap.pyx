@@ -60,26 +60,43 @@ cdef int refuse(uint32_t ino, str what) except -1:
     raise OSError(errno.EIO, f"inode {ino}: {what}")
 
 
+cdef int check_leaf(Filesystem volume, uint32_t ino, const uint8_t *at, uint32_t count, uint64_t floor) except -1:
+    """Raise OSError unless these are extents one after the other; one that is wrong makes the others doubtful."""
+    cdef uint64_t length, block
+    for _ in range(count):
+        length, block = written(at), block_of(at)
+        if le32(at) < floor or le16(at + 4) == 0:
+            refuse(ino, "an extent overlaps another")
+        if block == 0 or block + length > volume.blocks:
+            refuse(ino, "an extent lies outside the volume")
+        floor = le32(at) + length
+        at += EXTENT
+    return 0
+
+
+cdef uint64_t written(const uint8_t *at) noexcept:
+    """Return how many blocks an extent has, be they written or not."""
+    cdef uint64_t stored = le16(at + 4)
+    return stored - LONGEST_EXTENT if stored > LONGEST_EXTENT else stored
+
+
+cdef uint64_t block_of(const uint8_t *at) noexcept:
+    return le32(at + 8) | <uint64_t>le16(at + 6) << 32
+
+
 cdef int read_leaf(Filesystem volume, uint32_t ino, runs_t *runs, const uint8_t *at, uint32_t count) except -1:
     """Take `count` extents; return 0 to go on."""
-    cdef uint64_t start, length, block
+    check_leaf(volume, ino, at, count, runs.floor)
     for _ in range(count):
-        start, length, block = le32(at), le16(at + 4), le32(at + 8) | <uint64_t>le16(at + 6) << 32
-        at += EXTENT
-        if start < runs.floor or length == 0:
-            refuse(ino, "an extent overlaps another")
-        if start >= runs.end:
+        if le32(at) >= runs.end:
             return 1
-        runs.floor = start + (length - LONGEST_EXTENT if length > LONGEST_EXTENT else length)
-        if runs.floor <= runs.first:
-            continue
-        if length <= LONGEST_EXTENT:
-            if block == 0 or block + length > volume.blocks:
-                refuse(ino, "an extent lies outside the volume")
-            if not add(runs, start, length, block):
+        runs.floor = le32(at) + written(at)
+        if runs.floor > runs.first:
+            if le16(at + 4) <= LONGEST_EXTENT and not add(runs, le32(at), written(at), block_of(at)):
                 return 1
-        if not spend(runs, 1, runs.floor):
-            return 1
+            if not spend(runs, 1, runs.floor):
+                return 1
+        at += EXTENT
     return 0
 
 
@@ -183,15 +200,24 @@ cdef int read_map(Filesystem volume, uint32_t ino, runs_t *runs, const uint8_t *
 
 
 cdef int read_runs(Filesystem volume, uint32_t ino, runs_t *runs) except -1:
-    """Fill in `found`, `count` and `known` of a file or directory whose inode is loaded; the rest is given."""
+    """Fill in `found`, `count` and `known` of a file or directory whose inode is loaded; the rest is given.
+
+    What cannot be read raises OSError once it is asked for; what lies before it is found.
+    """
     cdef uint8_t block[INODE_BLOCK_SIZE]
     memcpy(block, volume.raw + INODE_BLOCK, INODE_BLOCK_SIZE)
     runs.count = runs.floor = 0
     runs.known = runs.end
     runs.budget = BUDGET
-    if le32(volume.raw + INODE_FLAGS) & <uint32_t>FLAG_EXTENTS:
-        return read_node(volume, ino, runs, block, le16(block + 6), INODE_BLOCK_SIZE)
-    return read_map(volume, ino, runs, block)
+    try:
+        if le32(volume.raw + INODE_FLAGS) & <uint32_t>FLAG_EXTENTS:
+            return read_node(volume, ino, runs, block, le16(block + 6), INODE_BLOCK_SIZE)
+        return read_map(volume, ino, runs, block)
+    except OSError:
+        if runs.count == 0:
+            raise
+        runs.known = runs.found[runs.count - 1].start + runs.found[runs.count - 1].length
+        return 0
 
 
 def extents(Filesystem volume, uint32_t ino, uint64_t offset, uint64_t limit):
@@ -241,7 +267,7 @@ cdef uint32_t few_extents(Filesystem volume, const inode_record_t *told, extent_
     if not (few_leaves(volume, &runs) if flags & <uint32_t>FLAG_EXTENTS else few_pointers(volume, &runs)):
         return RECORD_UNMAPPED
     for number in range(runs.count):
-        if few[number].block + few[number].length > volume.blocks or (
+        if few[number].block == 0 or few[number].block + few[number].length > volume.blocks or (
                 volume.is_covered(few[number].block, few[number].length)):
             return RECORD_UNMAPPED
         found[number].start = few[number].start * unit
@@ -251,22 +277,20 @@ cdef uint32_t few_extents(Filesystem volume, const inode_record_t *told, extent_
 
 
 cdef bint few_leaves(Filesystem volume, runs_t *runs) noexcept:
-    """Read a tree that is no deeper than its root; return whether that is all, and as it should be."""
+    """Read a tree that is no deeper than its root; return whether that is all, and in order."""
     cdef const uint8_t *at = volume.raw + INODE_BLOCK
     cdef uint32_t count = le16(at + 2)
-    cdef uint64_t start, length, end = 0
-    if le16(at) != EXTENT_MAGIC or le16(at + 6) != 0 or count > FEW_EXTENTS:
+    cdef uint64_t floor = 0
+    if not is_node(at, 0, INODE_BLOCK_SIZE):
         return False
     for _ in range(count):
         at += EXTENT
-        start, length = le32(at), le16(at + 4)
-        if start < end or length == 0:
+        if le32(at) < floor or le16(at + 4) == 0:
             return False
-        if start >= runs.end:
-            return True
-        end = start + (length - LONGEST_EXTENT if length > LONGEST_EXTENT else length)
-        if length <= LONGEST_EXTENT and not add(runs, start, length, le32(at + 8) | <uint64_t>le16(at + 6) << 32):
-            return False
+        floor = le32(at) + written(at)
+        if le32(at) < runs.end and le16(at + 4) <= LONGEST_EXTENT:
+            if not add(runs, le32(at), written(at), block_of(at)):
+                return False
     return True
 
 

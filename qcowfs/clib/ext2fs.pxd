@@ -59,7 +59,7 @@ cdef extern from "ext2fs/ext2fs.h" nogil:
     ctypedef struct ext2_xattr_handle "struct ext2_xattr_handle":
         pass
 
-    int EXT2_FLAG_64BITS, EXT2_FLAG_SKIP_MMP
+    int EXT2_FLAG_64BITS, EXT2_FLAG_SKIP_MMP, XATTR_ABORT
     errcode_t EXT2_ET_MAGIC_IO_MANAGER, EXT2_ET_MAGIC_IO_CHANNEL, EXT2_ET_NO_MEMORY
     errcode_t EXT2_ET_SHORT_READ, EXT2_ET_RO_FILSYS
     errcode_t io_channel_read_blk64(io_channel, unsigned long long, int, void *)

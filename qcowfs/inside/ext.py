@@ -1,6 +1,8 @@
 """The reader of ext2, ext3 and ext4: what libext2fs finds, said as Linux says it.
 
-Used by the worker. Names are given as stored; those of encrypted directories too, but for what Linux cannot have.
+Used by the worker. Names are given as stored; those of encrypted directories, and encrypted targets, as Linux shows
+them without the key. Files that an interrupted truncation left with blocks past their end still count those: the next
+boot frees them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,16 @@ ROOT = 2
 ENCRYPTED, INLINE_DATA = 0x800, 0x10000000
 I_BLOCK = 60  # bytes
 SHOWN_XATTRS = (b"user.", b"trusted.", b"security.")  # what else there is the kernel keeps to itself
+ACL_VERSION = struct.pack("<I", 1)
+ACL_SIZES = {
+    1: 4,
+    2: 8,
+    4: 4,
+    8: 8,
+    16: 4,
+    32: 4,
+}  # of an entry, by its tag: some have an id
+LONGEST_TARGET = 4095  # bytes: PATH_MAX without its NUL
 ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 
@@ -34,9 +46,13 @@ def open_reader(device: Device, *, recover: bool) -> Reader:
             to be recovered and cannot be.
     """
     try:
-        return ExtReader(device, jbd2.recover(device) if recover else None)
+        reader = ExtReader(device, jbd2.recover(device) if recover else None)
+        root = Inode._make(INODE.unpack(reader.stat(ROOT)))
     except OSError as error:
         raise Unreadable(f"ext: {error.strerror}") from error
+    if not stat.S_ISDIR(root.mode):
+        raise Unreadable("ext: its root is no directory")
+    return reader
 
 
 class ExtReader:
@@ -66,11 +82,15 @@ class ExtReader:
         told = self._told(ino)
         if not stat.S_ISLNK(told.mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        stored = self._target(ino, self._fs.inode(ino), told)
-        if not _flags(self._fs.inode(ino)) & ENCRYPTED:
-            return stored.partition(b"\0")[0]
-        length = int.from_bytes(stored[:2], "little")
-        return _extdir.without_key(stored[2 : 2 + length])
+        raw = self._fs.inode(ino)
+        target = self._target(ino, raw, told)
+        if _flags(raw) & ENCRYPTED:
+            target = _extdir.without_key(target[2 : 2 + int.from_bytes(target[:2], "little")])
+        else:
+            target = target.partition(b"\0")[0]
+        if not 0 < len(target) <= LONGEST_TARGET:
+            raise OSError(errno.EIO, f"inode {ino}: a symbolic link without a target that can be")
+        return target
 
     def xattrs(self, ino: int) -> Mapping[bytes, bytes]:
         found = self._fs.xattrs(_number(ino))
@@ -104,7 +124,7 @@ class ExtReader:
             return raw[40:100][:size]
         found, _end = _extmap.extents(self._fs, ino, 0, 1)
         if not found or found[0][0]:
-            raise OSError(errno.EIO, f"inode {ino}: a symbolic link without a target")
+            return b""
         return self._device.read(found[0][2], min(size, found[0][1]))
 
     def _is_fast(self, raw: bytes, told: Inode) -> bool:
@@ -130,10 +150,12 @@ def _acl(stored: bytes) -> bytes:
     at = 4
     while at + 4 <= len(stored):
         tag, allowed = struct.unpack_from("<HH", stored, at)
-        named = tag in (2, 8)  # ACL_USER, ACL_GROUP
-        if named and at + 8 > len(stored):
-            raise OSError(errno.EIO, "an ACL ends in the middle of an entry")
-        who = struct.unpack_from("<I", stored, at + 4)[0] if named else 2**32 - 1
+        size = ACL_SIZES.get(tag, 0)
+        if not size or at + size > len(stored):
+            break
+        who = struct.unpack_from("<I", stored, at + 4)[0] if size == 8 else 2**32 - 1
         made.append(struct.pack("<HHI", tag, allowed, who))
-        at += 8 if named else 4
+        at += size
+    if stored[:4] != ACL_VERSION or at != len(stored):
+        raise OSError(errno.EIO, "an ACL that is damaged")
     return b"".join(made)

@@ -38,7 +38,8 @@ class Extents(NamedTuple):
     """Where the bytes of a file are stored, from the asked place up to `end`; what is in no extent is zeros.
 
     An extent whose `offset` is >= INLINE lies in `inline` instead of the volume, at `offset` - INLINE.
-    `end` is the file's size, or less if there are more extents than were asked for.
+    `end` is the file's size, or less (but always after the asked place) if there is more to ask for from there: more
+    extents than were wanted, or what takes long to find.
     """
 
     extents: Sequence[Extent]

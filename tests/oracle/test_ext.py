@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,50 @@ def test_a_tree_is_as_the_kernel_shows_it(tmp_path: Path, kind: str) -> None:
     assert len(expected) > 3500
     assert expected.keys() == found.keys()
     assert {} == {name: (value, found[name]) for name, value in expected.items() if value != found[name]}
+
+
+def test_features_that_this_kernel_lacks_hide_nothing(tmp_path: Path) -> None:
+    """Linux without Unicode or fs-verity refuses these; what they mean for other files changes nothing of these."""
+    need("mke2fs", "mount", "debugfs")
+    image = tmp_path / "image"
+    make(image, KINDS["ext4"])
+    with mounted(image) as point:
+        plant(point, 2, big=1 << 20, names=100)
+    with mounted(image, "ro,noatime") as point:
+        expected = describe(point)
+    for command in ("feature casefold verity", "ssv encoding 1", "ssv min_extra_isize 0"):
+        subprocess.run(["debugfs", "-w", "-R", command, image], check=True, capture_output=True)
+
+    with tree_of(image) as tree:
+        assert expected == describe_reader(tree, FileDevice(image))
+
+
+@pytest.mark.parametrize("size", [8192, 16384, 65536])
+def test_blocks_larger_than_a_page_are_read(tmp_path: Path, size: int) -> None:
+    """The kernel mounts none of them on most machines: what mke2fs copied is compared with what it copied from."""
+    need("mke2fs")
+    source, image = tmp_path / "source", tmp_path / "image"
+    source.mkdir()
+    plant(source, 3, big=1 << 20, names=3000)
+    for name in ("sparse", "fragments", "sizes/grown"):
+        os.truncate(source / name, 1 << 20)  # mke2fs copies holes byte by byte
+    options = ["-t", "ext4", "-b", str(size), "-O", "^has_journal", "-N", "8192", "-d", source]
+    subprocess.run(["mke2fs", "-q", "-F", *options, image, "256M"], check=True, stderr=subprocess.DEVNULL)
+
+    with tree_of(image) as tree:
+        found = describe_reader(tree, FileDevice(image))
+
+    expected = {name: kept_by_mke2fs(told) for name, told in describe(source).items()}
+    del expected[b""], found[b""], found[b"lost+found"]  # the second changes the time of the first
+    assert expected == {name: kept_by_mke2fs(told) for name, told in found.items()}
+
+
+def kept_by_mke2fs(told: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what mke2fs copies: of times 32 bits of the mtime, and neither links nor sizes of directories."""
+    mode, nlink, uid, gid, rdev, size, _blocks, times, xattrs, content = told
+    if stat.S_ISDIR(mode):
+        nlink = size = 0
+    return mode, nlink, uid, gid, rdev, size, times[0] // 10**9 % 2**32, xattrs, content
 
 
 def damage_inode(image: Path, path: str) -> None:
