@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from qcowfs._ext2 import Filesystem
 from qcowfs.inside import jbd2
 from qcowfs.inside.reader import INLINE, Device, Extents, Reader, Unreadable
-from qcowfs.inside.record import NO_XATTRS, Extent, Inode, fill, pack_entry
+from qcowfs.inside.record import NO_XATTRS, TYPES, Extent, Inode, fill, pack_entry
 
 __all__ = ["ExtReader", "open_reader"]
 
@@ -26,6 +26,8 @@ OLD_INODE = 128  # bytes; what is longer has i_extra_isize next
 XATTR_MAGIC = 0xEA020000
 HELD_DIRECTORIES = 4
 FEW_EXTENTS = 4
+LONGEST_LINK = 4095  # PATH_MAX without its NUL, where the kernel cuts
+LAST_NANOSECOND = 999_999_999  # the kernel has a stored time beyond it end here, too, on its way through FUSE
 
 
 def open_reader(device: Device, *, recover: bool) -> Reader:
@@ -77,8 +79,10 @@ class ExtReader:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._refuse_encrypted(raw)
         if not _flags(raw) & INLINE_DATA and self._is_fast(raw, told):
-            return raw[40 : 40 + min(told.size, 59)].partition(b"\0")[0]
-        return self._bytes(ino, min(told.size, self._fs.block_size)).partition(b"\0")[0]
+            target = raw[40 : 40 + min(told.size, 59)]
+        else:
+            target = self._bytes(ino, min(told.size, self._fs.block_size, LONGEST_LINK))
+        return target.partition(b"\0")[0]
 
     def xattrs(self, ino: int) -> Mapping[bytes, bytes]:
         found = self._fs.xattrs(ino)
@@ -125,6 +129,8 @@ class ExtReader:
             blocks *= self._fs.block_size // 512 if _flags(raw) & HUGE_FILE else 1
         if stat.S_ISREG(mode) and _flags(raw) & INLINE_DATA:  # the kernel adds them, lest tools take it for empty
             blocks += (size + 511) // 512
+        if stat.S_IFMT(mode) not in TYPES or size >> 63 or blocks >> 54:
+            raise OSError(errno.EIO, f"inode {ino}: mode {mode:#o}, {size} bytes in {blocks} sectors")
         bare = not acl and not acl_high and not _has_inner_xattrs(raw)
         (atime, atime_ns), (ctime, ctime_ns), (mtime, mtime_ns) = (_time(raw, *at) for at in TIMES)
         return Inode(
@@ -155,7 +161,7 @@ class ExtReader:
         except OSError as error:
             extents = None
             if error.errno == errno.ENOENT or told is None:
-                told = Inode._make((ino, *[0] * 14, error.errno or errno.EIO))
+                told = Inode._make((ino, *[0] * 8, stat.S_IFREG, *[0] * 5, error.errno or errno.EIO))
         return pack_entry(name, told.pack(), cookie, extents)
 
     def _map(self, ino: int, raw: bytes, size: int) -> list[Extent]:
@@ -212,7 +218,7 @@ def _time(raw: bytes, seconds_at: int, extra_at: int) -> tuple[int, int]:
     if extra_at + 4 > _extra(raw):
         return seconds, 0
     extra = int.from_bytes(raw[extra_at : extra_at + 4], "little")
-    return seconds + ((extra & 3) << 32), extra >> 2
+    return seconds + ((extra & 3) << 32), min(extra >> 2, LAST_NANOSECOND)
 
 
 def _has_inner_xattrs(raw: bytes) -> bool:
