@@ -26,12 +26,14 @@ class Figures:
         more_is_better: reads a second rather than seconds.
         memory: rival -> peak bytes of its daemons.
         notes: who was left out, and why.
+        remarks: sentences for below the table.
     """
 
     more_is_better: bool
     samples: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def leave_out(self, name: str, reason: str) -> None:
         """Forget a rival."""

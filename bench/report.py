@@ -62,14 +62,15 @@ def table(work: Work, found: Figures) -> str:
     lines = [f"### {work.title}", "", *goal_lines(work, found), ""]
     lines += [f"| rival | minimum, {unit} | median | maximum | qcowfs is | memory |", "|---|---:|---:|---:|---:|---:|"]
     lines += [row(work, found, name) for name in found.samples]
-    lines += ["", *(f"Left out: {note}." for note in found.notes)]
+    lines += ["", *(f"Left out: {note}." for note in found.notes), *(f"{remark}." for remark in found.remarks)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def row(work: Work, found: Figures, name: str) -> str:
     """Return a rival's line."""
     low, middle, high = three(work, found, name)
-    ratio = "" if name == rivals.OURS else f"{found.times_as_fast(rivals.OURS, name):.2f} times as fast"
+    compared = name != rivals.OURS and rivals.OURS in found.samples
+    ratio = f"{found.times_as_fast(rivals.OURS, name):.2f} times as fast" if compared else ""
     peak = f"{found.memory[name] / MIB:.0f} MiB" if name in found.memory else ""
     return f"| {name} | {low} | {middle} | {high} | {ratio} | {peak} |"
 
@@ -105,6 +106,8 @@ def summary(results: Mapping[Work, Figures]) -> str:
     """Return one line for each goal of all works, and the memory."""
     lines = ["| work | qcowfs, median | goal and what was got |", "|---|---:|---|"]
     for work, found in results.items():
+        if not work.goals:
+            continue
         middle = f"{three(work, found, rivals.OURS)[1]} {UNITS[work.kind]}"
         lines += [f"| {work.title} | {middle} | {goal_text(goal, found)} |" for goal in work.goals]
     peaks = most_memory(found.memory for found in results.values())

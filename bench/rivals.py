@@ -161,7 +161,7 @@ def empty_pyfuse3(image: Image, directory: Path) -> Iterator[Path]:
 @contextmanager
 def running(command: list[str], mountpoint: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """Run a daemon in the foreground; unmount `mountpoint` at the end, or else tell the daemon to end."""
-    daemon = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    daemon = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield daemon
     finally:

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import reader, rivals
+from bench import reader, rivals, trees
 from bench.contents import NEEDLE, NEEDLES
 from bench.figures import Figures
 from bench.images import Image, Images
 from bench.programs import run
 from bench.reader import OffsetList, WrongContentError
 from bench.rivals import RIVALS, CannotShowError, Rival
-from bench.works import COPY, FIRST_BYTE, GREP, RANDOM, SEQUENTIAL, Work
+from bench.trees import Trees, mounted
+from bench.works import COPY, FIRST_BYTE, GREP, INSIDE, RANDOM, SEQUENTIAL, Work
 
 MUCH_MEMORY = 4 << 30  # free bytes of /dev/shm from which copies go there, where no disk disturbs them
 
@@ -58,12 +59,13 @@ class Turns:
         """Return the figures of a work; raises WrongContentError where qcowfs itself shows something wrong."""
         found = Figures(more_is_better=work.kind in (RANDOM, SEQUENTIAL))
         with tempfile.TemporaryDirectory(dir=self._scratch) as name, ExitStack() as stack:
-            stands = list(self._stands(work, Path(name), stack, found))
+            stands = list((self._trees if work.kind in INSIDE else self._stands)(work, Path(name), stack, found))
             for number in range(self._rounds):
                 for stand in stands:
                     take_turn(stand, number, found)
             for stand in stands:
-                if stand.name in found.samples and stand.image.name == work.image and work.kind != FIRST_BYTE:
+                fits = stand.name in found.samples and stand.image.name == work.image
+                if fits and work.kind not in (FIRST_BYTE, *INSIDE):
                     found.memory[stand.name] = rivals.peak_memory(stand.directory)
         found.memory.pop(rivals.RAW, None)
         return found
@@ -71,7 +73,7 @@ class Turns:
     def _stands(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
         """Put up every rival that can show the image and shows the right content."""
         lists: dict[str, OffsetList] = {}
-        for name in (rivals.OURS, rivals.PLAIN_PATH, *rivals.PEERS, *work.references):
+        for name in work.rivals:
             image = self._images.get("plain" if name == rivals.OWN_PLAIN else work.image)
             if image.name not in lists:
                 lists[image.name] = prepared(image, directory, sequential=work.kind == SEQUENTIAL)
@@ -81,6 +83,17 @@ class Turns:
                 yield self._stand(work, name, image, below, stack, lists[image.name], found)
             except (CannotShowError, WrongContentError, OSError) as error:
                 blame(name, error, found)
+
+    def _trees(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
+        """Make ready to compare those that show the files inside; each turn mounts anew."""
+        image = self._images.get(work.image)
+        truth = stack.enter_context(mounted(image.raw, directory / "truth"))
+        compared = Trees(image, truth, found)
+        for name in work.rivals:
+            below = directory / name.replace(" ", "-").replace(".", "")
+            below.mkdir()
+            turn = partial(compared.turn, work.kind, trees.RIVALS[name], below)
+            yield Stand(name, below, below, image, turn)
 
     def _stand(
         self, work: Work, name: str, image: Image, below: Path, stack: ExitStack, offsets: OffsetList, found: Figures

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.figures import BEST_PEER, Goal
-from bench.rivals import EMPTY, LIMIT, OWN_PLAIN, RAW
+from bench.rivals import EMPTY, LIMIT, OURS, OWN_PLAIN, PEERS, PLAIN_PATH, RAW
 
 RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE = "random", "sequential", "grep", "copy", "first-byte"
+FIND, COPY_ALL, FIRST_LIST = "find", "copy-all", "first-list"
+INSIDE = (FIND, COPY_ALL, FIRST_LIST)  # works with the files inside an image: bench/trees.py
+LOOP, FUSE2FS, GUESTMOUNT = "loop mount of NAME.raw", "fuse2fs", "guestmount"
 TITLES = {
     "plain": "plain image",
     "half": "half-sparse image",
@@ -22,7 +25,10 @@ TITLES = {
     "thousand": "1,000 snapshots",
     "ext4": "ext4",
 }
-UNITS = {RANDOM: "reads/s", SEQUENTIAL: "MiB/s", GREP: "s", COPY: "s", FIRST_BYTE: "ms"}
+UNITS = {
+    **{RANDOM: "reads/s", SEQUENTIAL: "MiB/s", GREP: "s", COPY: "s", FIRST_BYTE: "ms"},
+    **{FIND: "s", COPY_ALL: "s", FIRST_LIST: "ms"},
+}
 MEMORY_GOAL = 96 << 20  # bytes of the daemon at its peak, over all works
 
 
@@ -31,7 +37,7 @@ class Work:
     """One table of figures.
 
     Attributes:
-        kind: RANDOM, SEQUENTIAL, GREP, COPY or FIRST_BYTE.
+        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, or one of INSIDE.
         image: a recipe's name in bench/images.py.
         goals: what the project promises; empty where a work only shows something.
         references: rivals beside qcowfs and its peers.
@@ -57,11 +63,20 @@ class Work:
             GREP: f"loop mount and grep -r of an ext4, {'first' if self.cold else 'second'} time",
             COPY: f"cp --sparse=auto: {image}",
             FIRST_BYTE: f"mount to first byte: {image}",
+            FIND: f"find -ls of all files inside: {image}",
+            COPY_ALL: f"cp -a of all files inside: {image}",
+            FIRST_LIST: f"mount to first listing of the files inside: {image}",
         }[self.kind]
 
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """Return the names of those that are compared."""
+        return self.references if self.kind in INSIDE else (OURS, PLAIN_PATH, *PEERS, *self.references)
+
     def is_asked_for(self, words: list[str]) -> bool:
-        """Return whether it fits one of the words: KIND, IMAGE or KIND-IMAGE; a bare IMAGE means its reads alone."""
+        """Return whether it fits one of the words: KIND, IMAGE, KIND-IMAGE, "inside"; IMAGE means its reads alone."""
         named = {self.kind, f"{self.kind}-{self.image}"} | ({self.image} if self.kind != FIRST_BYTE else set())
+        named |= {"inside"} if self.kind in INSIDE else set()
         return not words or bool(named & set(words))
 
 
@@ -102,4 +117,5 @@ WORKS = [
     Work(GREP, "ext4", GREP_GOALS, (RAW,), cold=False),
     Work(COPY, "half", peers(1.6), (RAW,)),
     *(Work(FIRST_BYTE, image, SOON, (EMPTY,)) for image in ("plain", "thousand", "12tib")),
+    *(Work(kind, "ext4", references=(OURS, LOOP, FUSE2FS, GUESTMOUNT)) for kind in INSIDE),
 ]

@@ -12,7 +12,7 @@ from typing import Any
 from qcowfs import limits
 from qcowfs._answer import check_entries
 from qcowfs.inside.reader import INLINE, Extents
-from qcowfs.inside.record import EXTENT, INODE, INODE_BITS, Extent
+from qcowfs.inside.record import EXTENT, INODE, INODE_BITS, TYPES, Extent
 from qcowfs.inside.wire import EXTENTS, PAIR
 
 __all__ = ["entries", "extents", "inode", "link", "number", "pairs"]
@@ -22,7 +22,6 @@ LONGEST_LINK = 4095  # PATH_MAX without its NUL: no symlink(2) makes a longer on
 MAX_NANOSECONDS = 999_999_999
 MAX_ERRNO = 4095
 MAX_SIZE = (1 << 63) - 1
-TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
 
 
 def number(body: bytes) -> int:

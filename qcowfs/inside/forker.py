@@ -17,6 +17,7 @@ import socket
 import struct
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NoReturn
 
 from qcowfs import _sandbox, limits
@@ -116,7 +117,7 @@ def _answer(channel: socket.socket, request: bytes, workers: _Workers) -> None:
 
 
 def _spawn(channel: socket.socket, number: bytes, kind: str, workers: _Workers) -> None:
-    _import_for(kind)
+    work = _imported(kind)
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError:
@@ -130,20 +131,21 @@ def _spawn(channel: socket.socket, number: bytes, kind: str, workers: _Workers) 
             channel.send(number)
             return
         if pid == 0:
-            _be_worker(theirs, kind, parent)
+            _be_worker(theirs, lambda own: work(own, kind), parent)
         workers.add(NUMBER.unpack(number)[0], pid)
         socket.send_fds(channel, [number, PID.pack(pid)], [ours.fileno()])
 
 
-def _import_for(kind: str) -> None:
-    """Import once, for all workers, what each would import: 20 ms, where all else of a worker's start takes 3."""
-    from qcowfs.inside import readers, worker  # noqa: F401
+def _imported(kind: str) -> Callable[[socket.socket, str], None]:
+    """Import what a worker needs for this kind, once for all of them: it takes longer than all else in a start."""
+    from qcowfs.inside import readers, worker
 
-    with contextlib.suppress(Exception):  # the worker meets it again, and tells
+    with contextlib.suppress(Exception):  # the worker tries again, and says what is wrong
         readers.import_reader(kind)
+    return worker.work
 
 
-def _be_worker(channel: socket.socket, kind: str, parent: int) -> NoReturn:
+def _be_worker(channel: socket.socket, work: Callable[[socket.socket], None], parent: int) -> NoReturn:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -151,9 +153,7 @@ def _be_worker(channel: socket.socket, kind: str, parent: int) -> NoReturn:
         _keep_only(channel)
         _sandbox.die_with_parent(b"qcowfs-reader")
         if os.getppid() == parent:
-            from qcowfs.inside.worker import work
-
-            work(socket.socket(fileno=SOCKET), kind)
+            work(socket.socket(fileno=SOCKET))
         code = 0
     finally:
         os._exit(code)

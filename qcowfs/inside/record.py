@@ -7,11 +7,12 @@ nothing: a worker may have been taken over by the file system that it reads.
 
 from __future__ import annotations
 
+import stat
 import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["ENTRY", "EXTENT", "INODE", "INODE_BITS", "NO_XATTRS", "UNMAPPED", "Extent", "Inode", "pack_entry"]
+__all__ = ["ENTRY", "EXTENT", "INODE", "INODE_BITS", "NO_XATTRS", "TYPES", "UNMAPPED", "Extent", "Inode", "pack_entry"]
 
 INODE = struct.Struct("<QQQqqqIIIIIIIIII")
 ENTRY = struct.Struct("<QHHI")  # cookie of the next entry, length of the name, extents that follow, bytes of all
@@ -19,6 +20,7 @@ EXTENT = struct.Struct("<QQQ")
 
 INODE_BITS = 40  # a reader's inode number is less than 2 ** 40, and not 0
 NO_XATTRS = 1  # of `Inode.flags`: nobody needs to ask for extended attributes
+TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
 UNMAPPED = 0xFFFF  # instead of a count of extents: they are to be asked for
 
 

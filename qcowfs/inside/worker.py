@@ -1,7 +1,8 @@
 """What a worker process does: confine itself, open one tree, answer one request after the other. Called by launcher.py.
 
 It has no descriptor but its socket, and asks through it for every byte of the volume. Whatever a reader raises is an
-answer; what kills the worker (a crash, its timer, the memory) is told by the launcher.
+answer; what kills the worker (a crash, its timer, the memory) is told by the launcher. Answers are checked here as the
+other side will check them again: what a reader takes from a damaged volume is then one error, and not a crash.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import socket
 
 from qcowfs import _sandbox, limits
-from qcowfs.inside import readers
+from qcowfs.inside import answer, readers
 from qcowfs.inside.blocks import Blocks
 from qcowfs.inside.reader import Reader, Unreadable
 from qcowfs.inside.record import EXTENT
@@ -59,13 +60,14 @@ class _Worker:
         self._sandbox = sandbox
         self._number = 0
         self._reader: Reader | None = None
+        self._size = 0  # of the volume
 
     def serve(self, request: int, number: int, body: bytes) -> None:
         self._number = number
         signal.setitimer(signal.ITIMER_PROF, limits.INSIDE_REQUEST_SECONDS)
-        answer = self._outcome(request, body)
+        outcome, told = self._outcome(request, body)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        send(self._channel, answer[0], number, answer[1])
+        send(self._channel, outcome, number, told)
 
     def _outcome(self, request: int, body: bytes) -> tuple[Kind, bytes]:
         try:
@@ -88,17 +90,17 @@ class _Worker:
         ino, first, second = RANGE.unpack_from(body)
         match request:
             case Kind.STAT:
-                return reader.stat(ino)
+                return answer.inode(reader.stat(ino), ino)
             case Kind.LOOKUP:
                 return reader.lookup(ino, body[RANGE.size :]).to_bytes(8, "little")
             case Kind.ENTRIES:
-                return reader.entries(ino, first, second)
+                return answer.entries(reader.entries(ino, first, second), first, self._size)
             case Kind.READLINK:
-                return reader.readlink(ino)
+                return answer.link(reader.readlink(ino))
             case Kind.XATTRS:
-                return pack_pairs(reader.xattrs(ino))
+                return _xattrs(reader, ino)
             case Kind.EXTENTS:
-                return _extents(reader, ino, first, second)
+                return self._extents(reader, ino, first, second)
             case Kind.READ:
                 return reader.read(ino, first, second)
         raise OSError(errno.ENOSYS, f"request {request}")
@@ -107,9 +109,18 @@ class _Worker:
         if self._trouble:
             raise Unreadable(self._trouble)
         reader = readers.open_reader(self._kind, Blocks(size, self._ask), recover=bool(recover))
-        self._reader = reader
+        self._reader, self._size = reader, size
         facts = {**reader.facts(), "sandbox": self._sandbox}
         return reader.root.to_bytes(8, "little") + pack_pairs({k.encode(): v.encode() for k, v in facts.items()})
+
+    def _extents(self, reader: Reader, ino: int, offset: int, limit: int) -> bytes:
+        found = reader.extents(ino, offset, limit)
+        if found is None:
+            return EXTENTS.pack(0, 0, 0)
+        packed = b"".join([EXTENT.pack(*extent) for extent in found.extents])
+        body = EXTENTS.pack(1, found.end, len(found.extents)) + packed + found.inline
+        answer.extents(body, limit, self._size)
+        return body
 
     def _ask(self, offset: int, length: int) -> bytes:
         try:
@@ -126,9 +137,9 @@ def _error(number: int, text: str) -> tuple[Kind, bytes]:
     return Kind.ERROR, ERROR.pack(number) + cut(text)
 
 
-def _extents(reader: Reader, ino: int, offset: int, limit: int) -> bytes:
-    found = reader.extents(ino, offset, limit)
-    if found is None:
-        return EXTENTS.pack(0, 0, 0)
-    packed = b"".join([EXTENT.pack(*extent) for extent in found.extents])
-    return EXTENTS.pack(1, found.end, len(found.extents)) + packed + found.inline
+def _xattrs(reader: Reader, ino: int) -> bytes:
+    body = pack_pairs(reader.xattrs(ino))
+    answer.pairs(body)
+    if len(body) > limits.INSIDE_ANSWER:
+        raise OSError(errno.EIO, f"inode {ino}: {len(body)} bytes of extended attributes")
+    return body

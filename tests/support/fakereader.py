@@ -12,10 +12,11 @@ import stat
 from qcowfs.inside.reader import INLINE, Device, Extents, Unreadable
 from qcowfs.inside.record import Extent, Inode, fill, pack_entry
 
-__all__ = ["FakeReader", "inode", "open_reader"]
+__all__ = ["NONSENSE", "FakeReader", "inode", "open_reader"]
 
 ROOT = 2
 MANY = 5000
+NONSENSE = 666  # of this inode everything that is said breaks a rule
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -33,7 +34,7 @@ class FakeReader:
         return {"recovery": "none"}
 
     def stat(self, ino: int) -> bytes:
-        return inode(ino)
+        return inode(ino + (ino == NONSENSE))
 
     def lookup(self, ino: int, name: bytes) -> int:
         """Do what the name says, to see what becomes of it."""
@@ -51,16 +52,22 @@ class FakeReader:
         raise FileNotFoundError(errno.ENOENT, "no such\nname")
 
     def entries(self, ino: int, cookie: int, room: int) -> bytes:
+        if ino == NONSENSE:
+            return pack_entry(b"a/b", inode(7), 1)
         names = range(cookie, MANY)
         return fill((pack_entry(b"file-%06d" % n, inode(n + 10), n + 1, [Extent(0, 4096, n)]) for n in names), room)
 
     def readlink(self, ino: int) -> bytes:
-        return b"/etc/\xff"
+        return b"" if ino == NONSENSE else b"/etc/\xff"
 
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
+        if ino == NONSENSE:
+            return {b"user.%d" % number: bytes(60000) for number in range(100)}
         return {b"user.a": b"", b"security.b": b"\0" * 30000}
 
     def extents(self, ino: int, offset: int, limit: int) -> Extents | None:
+        if ino == NONSENSE:
+            return Extents([Extent(0, 10, self.device.size)], 10)
         return None if ino == ROOT else Extents([Extent(0, 10, 20), Extent(10, 3, INLINE)], 100, b"abc")
 
     def read(self, ino: int, offset: int, length: int) -> bytes:

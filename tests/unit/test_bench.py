@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import figures, reader, scattered
+from bench import figures, reader, report, scattered, trees
 from bench.figures import Figures
-from bench.works import WORKS
+from bench.works import INSIDE, WORKS
 from tests.support import need
 from tests.support.qemu import qemu
 
@@ -74,11 +74,29 @@ def test_data_runs_end_with_the_last_data(tmp_path: Path) -> None:
         ("zlib", ["4 KiB random, 1 job: zlib", "4 KiB random, 4 jobs: zlib", "sequential 1 MiB: zlib"]),
         ("first-byte-12tib", ["mount to first byte: 12 TiB virtual, 20,480 L2 tables"]),
         ("copy", ["cp --sparse=auto: half-sparse image"]),
+        ("copy-all", ["cp -a of all files inside: ext4"]),
         ("zli", []),
     ],
 )
 def test_works_are_chosen_by_kind_image_or_both(word: str, titles: list[str]) -> None:
     assert titles == [work.title for work in WORKS if work.is_asked_for([word])]
+
+
+def test_all_works_with_the_files_inside_are_chosen_by_one_word() -> None:
+    chosen = [work for work in WORKS if work.is_asked_for(["inside"])]
+
+    assert list(INSIDE) == [work.kind for work in chosen]
+    assert {name for work in chosen for name in work.rivals} == trees.RIVALS.keys()
+
+
+def test_a_work_in_which_qcowfs_was_left_out_still_has_its_table() -> None:
+    work = next(work for work in WORKS if work.kind in INSIDE)
+    found = Figures(False, samples={"fuse2fs": [2.0]})
+    found.leave_out("qcowfs", "not yet")
+
+    assert "| fuse2fs | 2.00 | 2.00 | 2.00 |  |  |" in report.table(work, found)
+    assert "Left out: qcowfs: not yet." in report.table(work, found)
+    assert work.title not in report.summary({work: found})
 
 
 def test_a_scattered_image_is_what_qemu_reads(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from qcowfs.inside.launcher import Launcher
 from qcowfs.inside.reader import INLINE
 from qcowfs.inside.record import ENTRY, INODE, Extent
 from tests.support import fakereader
-from tests.support.workers import children, eventually, is_alive, launcher_pid
+from tests.support.workers import children, eventually, is_alive, launcher_pid, pid_of
 
 SIZE = 8 << 20
 KIND = "fake"
@@ -103,6 +103,29 @@ def test_a_slip_of_the_reader_ends_one_request(tree: Tree, name: bytes, number: 
 
     assert number == caught.value.errno
     assert fakereader.inode(7) == tree.stat(7)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda tree: tree.stat(fakereader.NONSENSE),
+        lambda tree: tree.entries(fakereader.NONSENSE, 0, 1000),
+        lambda tree: tree.readlink(fakereader.NONSENSE),
+        lambda tree: tree.xattrs(fakereader.NONSENSE),
+        lambda tree: tree.extents(fakereader.NONSENSE, 0, 9),
+    ],
+    ids=["stat", "entries", "readlink", "xattrs", "extents"],
+)
+def test_nonsense_of_a_damaged_volume_ends_one_request(tree: Tree, ask: Callable[[Tree], object]) -> None:
+    tree.stat(7)
+    worker = pid_of(tree)
+    with pytest.raises(TreeFault) as caught:
+        ask(tree)
+
+    assert errno.EIO == caught.value.errno
+    assert "crashed" not in str(caught.value)
+    assert fakereader.inode(7) == tree.stat(7)
+    assert worker == pid_of(tree)
 
 
 def test_a_volume_that_cannot_be_read_is_opened_once(launcher: Launcher) -> None:
