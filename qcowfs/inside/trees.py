@@ -6,19 +6,22 @@ Used by the vfs, and by the commands as a context. It has to be made in the main
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from qcowfs._mapped import Mapped
-from qcowfs.inside.client import Tree
-from qcowfs.inside.contents import Item
 from qcowfs.inside.launcher import Launcher
-from qcowfs.inside.readers import available
+
+if TYPE_CHECKING:  # 30 ms, and a mount is ready without them
+    from qcowfs._mapped import Mapped
+    from qcowfs.inside.client import Tree
+    from qcowfs.inside.contents import Item
 
 __all__ = ["Trees", "unreadable"]
 
 
 def unreadable(item: Item) -> str:
     """Return why `item` has no tree, "" if one can be tried."""
+    from qcowfs.inside.readers import available
+
     if item.volume.trouble:
         return item.volume.trouble
     if item.filesystem is None:
@@ -61,5 +64,7 @@ class Trees:
             name: for messages.
             volume: the bytes of `item.volume`.
         """
+        from qcowfs.inside.client import Tree
+
         assert item.filesystem is not None
         return Tree(self._launcher, name, item.filesystem.kind, volume.virtual_size, volume.pread, self._recover)
