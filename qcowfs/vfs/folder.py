@@ -92,9 +92,12 @@ class Folder:
         for note in contents.notes:
             logger.warning("%s: %s", os.fsdecode(self.place.name), note)
         directory = Directory(self.place, self._parent)
-        for item, disk in zip(contents.items, disks, strict=True):
-            if not item.volume.name:  # the whole disk is one file system, and NAME.raw already
-                return None if disk is None else self._root_of(self.place, self._parent, item, disk)
+        pairs = list(zip(contents.items, disks, strict=True))
+        volumes = [pair for pair in pairs if pair[0].volume.name]
+        if pairs and not volumes:  # the whole disk is one file system, and NAME.raw already
+            item, disk = pairs[0]
+            return None if disk is None else self._root_of(self.place, self._parent, item, disk)
+        for item, disk in volumes:
             self._add_volume(directory, item, disk)
         if not directory.entries:
             return None

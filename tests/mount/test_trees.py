@@ -15,6 +15,7 @@ from tests.support import need
 from tests.support.crash import Kind, crash
 from tests.support.crash import mounted as loop_mounted
 from tests.support.disks import run
+from tests.support.guests import volume_group
 from tests.support.mounts import Mounted, Person, call, mounted, qemu, shell, wait_until
 from tests.support.trees import describe
 
@@ -272,6 +273,18 @@ def test_a_journal_is_replayed_unless_it_shall_not_be(target: Path, tmp_path: Pa
 def names(path: Path) -> set[bytes]:
     top = os.fsencode(path)
     return {b"", *(os.path.relpath(os.path.join(at, n), top) for at, ds, fs in os.walk(top) for n in (*ds, *fs))}
+
+
+@pytest.mark.expect_warnings
+@pytest.mark.parametrize("words", [["--with"], ["-o"]], ids=["--with", "-o with="])
+def test_a_volume_on_two_disks_is_whole_with_both(target: Path, tmp_path: Path, words: list[str]) -> None:
+    need("lvm", "qemu-img")
+    guest, images = volume_group(tmp_path)
+    option = f"with={images[1]}" if words == ["-o"] else str(images[1])
+    with mounted(images[0], target, *words, option):
+        assert sorted(os.listdir(target / "both")) == ["vg-lv", "vg-lv.raw"]
+        assert describe(target / "both" / "vg-lv") == guest
+        assert "vg-lv" not in (os.listdir(target / "current") if (target / "current").exists() else [])
 
 
 class TestWhatCannotBeShown:

@@ -25,9 +25,8 @@ from qcowfs.errors import UnsupportedImage
 from tests.oracle.test_lock import typing
 from tests.support import crash, need
 from tests.support.disks import run
-from tests.support.guests import Guest, bare_image, loop_mounted, make_tree, partitioned_image
+from tests.support.guests import Guest, bare_image, loop_mounted, make_tree, partitioned_image, volume_group
 from tests.support.images import qemu
-from tests.support.lvm import lvm_on
 from tests.support.mounts import REPOSITORY, Person, call, launcher, me, one_line, ordinary_user
 from tests.support.sparse import digest
 
@@ -282,15 +281,7 @@ def test_list_tells_what_is_inside_each_point(partitioned: Partitioned, person: 
 
 def test_a_volume_group_of_two_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     need("lvm", "qemu-img")
-    guest, disks = volume_group(tmp_path)
-    images = []
-    for number, disk in enumerate(disks):
-        images.append(tmp_path / f"{number}.qcow2")
-        qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, images[-1])
-    qemu("qemu-img", "snapshot", "-c", "both", images[0])
-    qemu("qemu-img", "snapshot", "-c", "both", images[1])
-    qemu("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 32M", images[1])  # the group is there at "both" only
-
+    guest, images = volume_group(tmp_path)
     found = entries(output("ls", "-R", "--json", "--with", images[1], images[0], "both:vg-lv"))
     assert expected(guest, b"vg-lv/") == {path: told(entry) for path, entry in found.items()}
     for place in ("both:vg-lv", "both:vg-lv.raw"):
@@ -299,29 +290,6 @@ def test_a_volume_group_of_two_images(tmp_path: Path, capsys: pytest.CaptureFixt
         assert re.fullmatch(f"qcowfs: {place}: the physical volume [-\\w]+ is missing", said[0])
         assert said[1].startswith("hint: --with adds")
     assert "no files: " in verbose(capsys, images[0])
-
-
-def volume_group(directory: Path) -> tuple[Guest, list[Path]]:
-    """Return what is in a logical volume, and the two disks that it is on."""
-    file_system = directory / "lv"
-    guest = make_tree(file_system, 40 << 20, lambda root: (root / "large").write_bytes(os.urandom(30 << 20)))
-    disks = [directory / f"disk{number}" for number in range(2)]
-    for disk in disks:
-        with open(disk, "wb") as file:
-            file.truncate(32 << 20)
-    with lvm_on(disks, directory) as lvm:
-        lvm("pvcreate", "-q", *lvm.devices)
-        lvm("vgcreate", "-q", "-s", "1m", "vg", *lvm.devices)
-        lvm.create("vg", "lv", "-L", "40m")
-        physical = lvm.physical()
-        for one in lvm.segments():
-            device, first = one["seg_pe_ranges"].partition("-")[0].split(":")
-            start = int(physical[device]["pe_start"]) + (int(first) << 20)
-            data = file_system.read_bytes()[int(one["seg_start"]) :][: int(one["seg_size"])]
-            with open(disks[lvm.devices.index(device)], "r+b") as file:
-                file.seek(start)
-                file.write(data)
-    return guest, disks
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from typing import Any
 from tests.support import need
 from tests.support.disks import run
 from tests.support.images import qemu
+from tests.support.lvm import lvm_on
 from tests.support.trees import describe
 
-__all__ = ["Guest", "bare_image", "describe_image", "loop_mounted", "make_tree", "partitioned_image"]
+__all__ = ["Guest", "bare_image", "describe_image", "loop_mounted", "make_tree", "partitioned_image", "volume_group"]
 
 MIB = 1 << 20
 Guest = dict[bytes, Any]  # of tests.support.trees
@@ -147,3 +148,31 @@ def _converted(before: Path, now: Path, image: Path) -> None:
     qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", before, image)
     qemu("qemu-img", "snapshot", "-c", "before", image)
     qemu("qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", now, image)
+
+
+def volume_group(directory: Path) -> tuple[Guest, list[Path]]:
+    """Return what is in the logical volume vg-lv, and the images of its two disks: it is whole at "both" only."""
+    file_system = directory / "lv"
+    guest = make_tree(file_system, 40 << 20, lambda root: (root / "large").write_bytes(os.urandom(30 << 20)))
+    disks = [directory / f"disk{number}" for number in range(2)]
+    for disk in disks:
+        with open(disk, "wb") as file:
+            file.truncate(32 << 20)
+    with lvm_on(disks, directory) as lvm:
+        lvm("pvcreate", "-q", *lvm.devices)
+        lvm("vgcreate", "-q", "-s", "1m", "vg", *lvm.devices)
+        lvm.create("vg", "lv", "-L", "40m")
+        physical = lvm.physical()
+        for one in lvm.segments():
+            device, first = one["seg_pe_ranges"].partition("-")[0].split(":")
+            start = int(physical[device]["pe_start"]) + (int(first) << 20)
+            data = file_system.read_bytes()[int(one["seg_start"]) :][: int(one["seg_size"])]
+            with open(disks[lvm.devices.index(device)], "r+b") as file:
+                file.seek(start)
+                file.write(data)
+    images = [disk.with_suffix(".qcow2") for disk in disks]
+    for disk, image in zip(disks, images, strict=True):
+        qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, image)
+        qemu("qemu-img", "snapshot", "-c", "both", image)
+    qemu("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 32M", images[1])
+    return guest, images
