@@ -1,6 +1,7 @@
 """DOS partition tables and their chains of extended boot records, read as Linux's block/partitions/msdos.c does.
 
-Used by partitions.py. Sectors are of 512 bytes: a table does not tell, and disks with others have a GPT as a rule.
+Used by partitions.py, which knows how long the disk's sectors are: the table counts in them, and does not tell. A boot
+record is 512 bytes, whatever they are.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from qcowfs.inside import gpt
 from qcowfs.inside.partitionlist import PartitionList
 from qcowfs.inside.volume import Disk
 
-__all__ = ["SECTOR_SIZE", "Entry", "entries", "has_signature", "is_sane", "is_table", "read"]
+__all__ = ["RECORD_SIZE", "Entry", "entries", "has_signature", "is_sane", "is_table", "read"]
 
-SECTOR_SIZE = 512
+RECORD_SIZE = 512
 ENTRIES = 0x1BE
 ENTRY = struct.Struct("<BxxxBxxxII")
 EXTENDED = (0x05, 0x0F, 0x85)
@@ -39,7 +40,7 @@ class Entry(NamedTuple):
 
 def has_signature(sector: bytes) -> bool:
     """Tell whether a whole sector ends with 0x55AA, as boot sectors of file systems do too."""
-    return len(sector) == SECTOR_SIZE and sector[-2:] == b"\x55\xaa"
+    return len(sector) == RECORD_SIZE and sector[-2:] == b"\x55\xaa"
 
 
 def entries(sector: bytes) -> Sequence[Entry]:
@@ -58,32 +59,32 @@ def is_table(sector: bytes) -> bool:
 def is_sane(sector: bytes, size: int) -> bool:
     """Tell whether the entries could be meant: what decides where the sector looks like a file system's as well."""
     used = [entry for entry in entries(sector) if entry.length]
-    return bool(used) and all(entry.type and 0 < entry.start < size // SECTOR_SIZE for entry in used)
+    return bool(used) and all(entry.type and 0 < entry.start < size // RECORD_SIZE for entry in used)
 
 
-def read(disk: Disk, sector: bytes, found: PartitionList) -> None:
-    """Add the partitions of a disk whose first sector is `sector` to `found`.
+def read(disk: Disk, sector: bytes, found: PartitionList, sector_size: int) -> None:
+    """Add the partitions of a disk whose boot record is `sector` to `found`.
 
     Logical ones get the numbers from 5 on. An extended partition itself, for which Linux has a device of two sectors,
     holds nothing and is not listed.
     """
     signature = f"{int.from_bytes(sector[0x1B8:0x1BC], 'little'):08x}"
-    chain = _Chain(disk, signature, found)
+    chain = _Chain(disk, signature, found, sector_size)
     for number, entry in enumerate(entries(sector), start=1):
         if not entry.length:
             continue
         if entry.is_extended:
             chain.follow(entry)
         else:
-            _add(found, number, entry.start, entry, signature)
+            _add(found, number, entry.start, entry, signature, sector_size)
     found.volumes.sort(key=lambda volume: int(volume.name[1:]))
 
 
-def _add(found: PartitionList, number: int, start: int, entry: Entry, signature: str) -> None:
+def _add(found: PartitionList, number: int, start: int, entry: Entry, signature: str, sector_size: int) -> None:
     found.add(
         number,
-        start * SECTOR_SIZE,
-        entry.length * SECTOR_SIZE,
+        start * sector_size,
+        entry.length * sector_size,
         type=f"{entry.type:#x}",
         uuid=f"{signature}-{number:02x}" if signature.strip("0") else "",
     )
@@ -92,7 +93,8 @@ def _add(found: PartitionList, number: int, start: int, entry: Entry, signature:
 class _Chain:
     """The logical partitions: boot records that each name one, and the next record."""
 
-    def __init__(self, disk: Disk, signature: str, found: PartitionList) -> None:
+    def __init__(self, disk: Disk, signature: str, found: PartitionList, sector_size: int) -> None:
+        self._sector_size = sector_size
         self._disk = disk
         self._signature = signature
         self._found = found
@@ -119,7 +121,7 @@ class _Chain:
 
     def _record(self, place: int) -> Sequence[Entry]:
         try:
-            sector = self._disk.pread(place * SECTOR_SIZE, SECTOR_SIZE)
+            sector = self._disk.pread(place * self._sector_size, RECORD_SIZE)
         except QcowfsError as error:
             self._found.note(f"the chain of logical partitions ends at sector {place}: {error}")
             return []
@@ -134,6 +136,6 @@ class _Chain:
             entry.start + entry.length > length or start + entry.length > extended.start + extended.length
         ):
             return False
-        _add(self._found, self._next, start, entry, self._signature)
+        _add(self._found, self._next, start, entry, self._signature, self._sector_size)
         self._next += 1
         return True

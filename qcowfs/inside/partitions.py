@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from qcowfs.errors import QcowfsError
 from qcowfs.inside import gpt, mbr
+from qcowfs.inside.filesystems import probe
 from qcowfs.inside.partitionlist import PartitionList
 from qcowfs.inside.probes import padded, windows
 from qcowfs.inside.volume import Disk
@@ -23,7 +24,7 @@ def find(disk: Disk, number: int = 0) -> PartitionList:
     """
     found = PartitionList(number, disk.virtual_size)
     try:
-        sector = disk.pread(0, mbr.SECTOR_SIZE)
+        sector = disk.pread(0, mbr.RECORD_SIZE)
     except QcowfsError as error:
         found.note(f"partitions are not looked for: {error}")
         return found
@@ -32,7 +33,7 @@ def find(disk: Disk, number: int = 0) -> PartitionList:
     elif gpt.is_protective(sector):
         gpt.read(disk, found)
     elif mbr.is_table(sector) and not _is_boot_sector(disk, sector):
-        mbr.read(disk, sector, found)
+        mbr.read(disk, sector, found, _sector_size(disk, sector))
     return found
 
 
@@ -44,7 +45,31 @@ def _is_boot_sector(disk: Disk, sector: bytes) -> bool:
     if mbr.is_sane(sector, disk.virtual_size):
         return False
     read = padded(disk.pread, disk.virtual_size)
-    return any(probe(read, disk.virtual_size) is not None for probe in windows.PROBES)
+    return any(known(read, disk.virtual_size) is not None for known in windows.PROBES)
+
+
+def _sector_size(disk: Disk, sector: bytes) -> int:
+    """Return the length of the sectors that the entries of a boot record count: that at which something is found.
+
+    For Linux it is the drive's. An image does not know it, and it is 512 nearly always.
+    """
+    used = [entry for entry in mbr.entries(sector) if entry.length]
+    for sector_size in gpt.SECTOR_SIZES:
+        if any(_is_something(disk, entry.start * sector_size, entry.is_extended) for entry in used):
+            return sector_size
+    return mbr.RECORD_SIZE
+
+
+def _is_something(disk: Disk, start: int, is_extended: bool) -> bool:
+    size = disk.virtual_size - start
+    if size <= 0:
+        return False
+    try:
+        if is_extended:
+            return mbr.has_signature(disk.pread(start, mbr.RECORD_SIZE))
+        return probe(lambda offset, length: disk.pread(start + offset, length), size) is not None
+    except QcowfsError:
+        return False
 
 
 def _note_unprotected(disk: Disk, found: PartitionList) -> None:

@@ -136,6 +136,27 @@ def test_sectors_of_4096_bytes(image: Path, seed: int) -> None:
     assert expected == [one[:4] for one in ours(image)]
 
 
+@pytest.mark.parametrize("holds", ["p1", "p5", "nothing"])
+def test_an_mbr_of_sectors_of_4096_bytes(image: Path, holds: str) -> None:
+    need("mke2fs")
+    script = """label: dos
+        1 : start=256, size=2000, type=83
+        2 : start=4096, size=9000, type=5
+        5 : start=4200, size=2000, type=83
+        6 : start=7000, size=1000, type=83"""
+    with attached(image, "--sector-size", "4096") as device:
+        run(*SFDISK, "--force", device, text=script if holds != "p1" else script.partition("2 :")[0])
+        expected = sfdisk(device)
+    if holds != "nothing":
+        start = next(one[1] for one in expected if one[0] == holds.encode())
+        run("mke2fs", "-q", "-F", "-t", "ext4", "-E", f"offset={start}", image, "2000k")
+
+    found = ours(image)
+
+    assert len(found) == (1 if holds == "p1" else 3)
+    assert expected == [one[:4] for one in found]
+
+
 @pytest.mark.parametrize("damaged", ["header", "array", "both"])
 def test_the_backup_is_used_where_the_first_table_is_damaged(image: Path, damaged: str) -> None:
     run(*SFDISK, image, text="label: gpt\nsize=1000\nsize=2000, name=two\n")
