@@ -72,6 +72,10 @@ INSIDE_ERROR = 300  # bytes of an error's text, which may hold names of the volu
 INSIDE_EXTENTS = 65536  # extents of one answer
 MAX_EXT_DIRECTORY = 1 << 20  # names of one ext directory that are held at once
 MAX_EXT_RUNS = 1 << 20  # extents of one ext file: 4 TiB in pieces of 4 MiB, or a damaged tree that repeats itself
+MAX_FAT_RUNS = 1 << 20  # pieces of one file of FAT or exFAT, of 16 bytes each
+MAX_FAT_DIRECTORY = 2 << 20  # specification: bytes of a FAT directory, 65,536 entries
+MAX_EXFAT_DIRECTORY = 256 << 20  # specification: bytes of an exFAT directory
+MAX_WINDOWS_NAMES = 1 << 18  # names of FAT, exFAT or NTFS directories that are held at once: 50 MB of a worker's 64
 
 MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
 MAX_JOURNAL_RUNS = 1 << 15  # contiguous pieces of a journal: mke2fs makes a handful, and each costs 170 bytes here

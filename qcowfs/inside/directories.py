@@ -1,0 +1,75 @@
+"""What the readers of FAT, exFAT and NTFS have in common: names as Linux has them, and directories that are held.
+
+Used by fat.py, exfat.py and ntfs.py. One thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from qcowfs import limits
+from qcowfs.inside.record import fill
+
+__all__ = ["Directories", "is_name", "utf8"]
+
+LONGEST_NAME = 255
+
+
+def utf8(stored: bytes) -> bytes:
+    """Return a name from UTF-16; one that ends in the middle, or that has half a pair, keeps it in three bytes.
+
+    Linux drops such a half, and shows a name that it cannot find again then.
+    """
+    text = stored[: len(stored) & ~1].decode("utf-16-le", "surrogatepass").partition("\0")[0]
+    return text.encode("utf-8", "surrogatepass")
+
+
+def is_name(name: bytes) -> bool:
+    """Return whether Linux can have a file of this name in a directory."""
+    return 0 < len(name) <= LONGEST_NAME and b"/" not in name and b"\0" not in name and name not in (b".", b"..")
+
+
+class Directories:
+    """The names of the directories that were looked at last, each with the inode number of its file.
+
+    The same name twice is the first one, as it is for Linux. A cookie is the number of names before it.
+    """
+
+    def __init__(self, read: Callable[[int], Iterable[tuple[bytes, int]]]) -> None:
+        """`read` yields the names of a directory and their inode numbers, or raises OSError."""
+        self._read = read
+        self._held: OrderedDict[int, dict[bytes, int]] = OrderedDict()
+
+    def lookup(self, ino: int, name: bytes) -> int:
+        """Return the inode number of `name`, as reader.Reader.lookup does."""
+        try:
+            return self._names(ino)[name]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+
+    def entries(self, ino: int, cookie: int, room: int, entry: Callable[[bytes, int, int], bytes]) -> bytes:
+        """Return entries as reader.Reader.entries does; `entry` makes one from a name, an inode number and a cookie."""
+        names = list(self._names(ino).items())[cookie:]
+        return fill((entry(name, child, number) for number, (name, child) in enumerate(names, cookie + 1)), room)
+
+    def _names(self, ino: int) -> dict[bytes, int]:
+        held = self._held.get(ino)
+        if held is None:
+            held = self._load(ino)
+            self._held[ino] = held
+            while len(self._held) > 1 and sum(map(len, self._held.values())) > limits.MAX_WINDOWS_NAMES:
+                self._held.popitem(last=False)
+        else:
+            self._held.move_to_end(ino)
+        return held
+
+    def _load(self, ino: int) -> dict[bytes, int]:
+        names: dict[bytes, int] = {}
+        for name, child in self._read(ino):
+            names.setdefault(name, child)
+            if len(names) > limits.MAX_WINDOWS_NAMES:
+                raise OSError(errno.EIO, "a directory of too many names")
+        return names
