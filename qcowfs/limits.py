@@ -76,6 +76,8 @@ MAX_FAT_RUNS = 1 << 20  # pieces of one file of FAT or exFAT, of 16 bytes each
 MAX_FAT_DIRECTORY = 2 << 20  # specification: bytes of a FAT directory, 65,536 entries
 MAX_EXFAT_DIRECTORY = 256 << 20  # specification: bytes of an exFAT directory
 MAX_WINDOWS_NAMES = 1 << 18  # names of FAT, exFAT or NTFS directories that are held at once: 50 MB of a worker's 64
+MAX_NTFS_STREAM = 65536  # Linux: bytes of an extended attribute, as which alternate data streams are shown
+MAX_NTFS_STREAMS = 1 << 20  # bytes of all of one file; an answer has to hold them
 
 MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
 MAX_JOURNAL_RUNS = 1 << 15  # contiguous pieces of a journal: mke2fs makes a handful, and each costs 170 bytes here

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from qcowfs import limits
 from qcowfs.inside.record import fill
 
-__all__ = ["Directories", "is_name", "utf8"]
+__all__ = ["LONGEST_NAME", "Directories", "is_name", "utf8"]
 
 LONGEST_NAME = 255
 
@@ -39,16 +39,23 @@ class Directories:
     """
 
     def __init__(self, read: Callable[[int], Iterable[tuple[bytes, int]]]) -> None:
-        """`read` yields the names of a directory and their inode numbers, or raises OSError."""
+        """Hold nothing yet.
+
+        Args:
+            read: yields the names of a directory and their inode numbers, or raises OSError. A number below 0 is of a
+                file that cannot be read.
+        """
         self._read = read
         self._held: OrderedDict[int, dict[bytes, int]] = OrderedDict()
 
     def lookup(self, ino: int, name: bytes) -> int:
         """Return the inode number of `name`, as reader.Reader.lookup does."""
-        try:
-            return self._names(ino)[name]
-        except KeyError:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+        found = self._names(ino).get(name)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if found < 0:
+            raise OSError(errno.EIO, "not the file that the directory names")
+        return found
 
     def entries(self, ino: int, cookie: int, room: int, entry: Callable[[bytes, int, int], bytes]) -> bytes:
         """Return entries as reader.Reader.entries does; `entry` makes one from a name, an inode number and a cookie."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.support.vm import Machine
 
-__all__ = ["SLOT", "Told", "archive", "raw_to_qcow2", "told", "write_tree"]
+__all__ = ["SLOT", "Told", "archive", "raw_to_qcow2", "read_told", "told", "write_tree"]
 
 SLOT = 8 << 20  # bytes of the disk of answers for each of them
 Told = tuple[int, int, int, int, int, int]  # permissions, size, blocks, and atime, mtime and ctime in seconds
