@@ -82,6 +82,9 @@ class NtfsReader:
         self._device = device
         self._volume = pyfsntfs.volume()
         self._volume.open_file_object(_Stream(device))
+        if self._volume.cluster_block_size > self._volume.index_entry_size:
+            # libfsntfs 20260827 finds there only the few names that are in a directory's own record, and says nothing.
+            raise Unreadable(f"NTFS: clusters of {self._volume.cluster_block_size} bytes are not supported yet")
         self._directories = Directories(self._names)
         self._held: tuple[int, pyfsntfs.file_entry] | None = None
 
