@@ -76,6 +76,10 @@ MAX_FAT_RUNS = 1 << 20  # pieces of one file of FAT or exFAT, of 16 bytes each
 MAX_FAT_DIRECTORY = 2 << 20  # specification: bytes of a FAT directory, 65,536 entries
 MAX_EXFAT_DIRECTORY = 256 << 20  # specification: bytes of an exFAT directory
 MAX_WINDOWS_NAMES = 1 << 18  # names of FAT, exFAT or NTFS directories that are held at once: 50 MB of a worker's 64
+MAX_NTFS_CLUSTER = 2 << 20  # Windows: bytes of a cluster
+MAX_NTFS_RUNS = 1 << 19  # pieces of one NTFS attribute, of 24 bytes each
+MAX_NTFS_ATTRIBUTE_LIST = 256 << 10  # Windows: bytes of the list of one file's attributes
+MAX_NTFS_INDEX_BLOCKS = 1 << 16  # of one NTFS directory: 256 MiB, more than a million names
 MAX_NTFS_STREAM = 65536  # Linux: bytes of an extended attribute, as which alternate data streams are shown
 MAX_NTFS_STREAMS = 1 << 20  # bytes of all of one file; an answer has to hold them
 

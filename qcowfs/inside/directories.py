@@ -33,32 +33,25 @@ def is_name(name: bytes) -> bool:
 
 
 class Directories:
-    """The names of the directories that were looked at last, each with the inode number of its file.
+    """The names of the directories that were looked at last, each with a number of its file.
 
     The same name twice is the first one, as it is for Linux. A cookie is the number of names before it.
     """
 
     def __init__(self, read: Callable[[int], Iterable[tuple[bytes, int]]]) -> None:
-        """Hold nothing yet.
-
-        Args:
-            read: yields the names of a directory and their inode numbers, or raises OSError. A number below 0 is of a
-                file that cannot be read.
-        """
+        """`read` yields the names of a directory and the numbers of their files, or raises OSError."""
         self._read = read
         self._held: OrderedDict[int, dict[bytes, int]] = OrderedDict()
 
     def lookup(self, ino: int, name: bytes) -> int:
-        """Return the inode number of `name`, as reader.Reader.lookup does."""
+        """Return the number of the file `name`; raise ENOENT as reader.Reader.lookup does."""
         found = self._names(ino).get(name)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        if found < 0:
-            raise OSError(errno.EIO, "not the file that the directory names")
         return found
 
     def entries(self, ino: int, cookie: int, room: int, entry: Callable[[bytes, int, int], bytes]) -> bytes:
-        """Return entries as reader.Reader.entries does; `entry` makes one from a name, an inode number and a cookie."""
+        """Return entries as reader.Reader.entries does; `entry` makes one from a name, a number and a cookie."""
         names = list(self._names(ino).items())[cookie:]
         return fill((entry(name, child, number) for number, (name, child) in enumerate(names, cookie + 1)), room)
 

@@ -23,7 +23,7 @@ READERS = {
     "ext4": EXT,
     "vfat": ("qcowfs.inside.fat", "", REINSTALL),
     "exfat": ("qcowfs.inside.exfat", "", REINSTALL),
-    "ntfs": ("qcowfs.inside.ntfs", "pyfsntfs", "install qcowfs[windows]"),
+    "ntfs": ("qcowfs.inside.ntfs", "", REINSTALL),
 }
 
 

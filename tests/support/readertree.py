@@ -10,7 +10,7 @@ from typing import Any
 from qcowfs.inside.reader import INLINE, Device, Reader
 from qcowfs.inside.record import ENTRY, EXTENT, INODE, UNMAPPED, Inode
 
-__all__ = ["describe_reader"]
+__all__ = ["describe_reader", "listing"]
 
 NANO = 10**9
 PIECE = 100_000  # bytes of a compressed file that are read at once: no multiple of anything
@@ -22,7 +22,7 @@ def describe_reader(reader: Reader, device: Device) -> dict[bytes, Any]:
     left = [(b"", reader.root)]
     while left:
         path, directory = left.pop()
-        for name, inode in _entries(reader, directory):
+        for name, inode in listing(reader, directory):
             full = path + b"/" + name if path else name
             assert full not in told
             told[full] = _one(reader, device, inode)
@@ -31,7 +31,8 @@ def describe_reader(reader: Reader, device: Device) -> dict[bytes, Any]:
     return told
 
 
-def _entries(reader: Reader, directory: int) -> Iterator[tuple[bytes, Inode]]:
+def listing(reader: Reader, directory: int) -> Iterator[tuple[bytes, Inode]]:
+    """Yield the entries of a directory."""
     cookie = 0
     while page := reader.entries(directory, cookie, 1 << 16):
         place = 0
