@@ -31,10 +31,10 @@ def describe_reader(reader: Reader, device: Device) -> dict[bytes, Any]:
     return told
 
 
-def listing(reader: Reader, directory: int) -> Iterator[tuple[bytes, Inode]]:
-    """Yield the entries of a directory."""
+def listing(reader: Reader, directory: int, room: int = 1 << 16) -> Iterator[tuple[bytes, Inode]]:
+    """Yield the entries of a directory, asked for by `room` bytes."""
     cookie = 0
-    while page := reader.entries(directory, cookie, 1 << 16):
+    while page := reader.entries(directory, cookie, room):
         place = 0
         while place < len(page):
             cookie, length, extents, whole = ENTRY.unpack_from(page, place)
