@@ -220,9 +220,10 @@ class Mft:
 
     def extents(self, attribute: Attribute, offset: int, limit: int) -> Extents:
         """Return where the bytes of an attribute are stored, as reader.Reader.extents does."""
+        if offset >= attribute.size:
+            return Extents([], attribute.size)
         if attribute.value is not None:
-            found = [Extent(0, attribute.size, INLINE)] if offset < attribute.size else []
-            return Extents(found, attribute.size, attribute.value)
+            return Extents([Extent(0, attribute.size, INLINE)], attribute.size, attribute.value)
         starts, lengths, firsts = self._runs(attribute)
         unit, valid = self._shape.cluster, attribute.valid
         number = max(bisect_right(starts, offset // unit) - 1, 0)
