@@ -9,6 +9,8 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
 
 from qcowfs import limits
 from qcowfs.inside.record import fill
@@ -16,6 +18,7 @@ from qcowfs.inside.record import fill
 __all__ = ["LONGEST_NAME", "Directories", "is_name", "utf8"]
 
 LONGEST_NAME = 255
+OVERHEAD = 128  # bytes that Python takes for a name and a number, and their place in a dict
 
 
 def utf8(stored: bytes) -> bytes:
@@ -32,6 +35,12 @@ def is_name(name: bytes) -> bool:
     return 0 < len(name) <= LONGEST_NAME and b"/" not in name and b"\0" not in name and name not in (b".", b"..")
 
 
+@dataclass(slots=True)
+class _Directory:
+    names: dict[bytes, int]
+    size: int  # in bytes
+
+
 class Directories:
     """The names of the directories that were looked at last, each with a number of its file.
 
@@ -41,7 +50,8 @@ class Directories:
     def __init__(self, read: Callable[[int], Iterable[tuple[bytes, int]]]) -> None:
         """`read` yields the names of a directory and the numbers of their files, or raises OSError."""
         self._read = read
-        self._held: OrderedDict[int, dict[bytes, int]] = OrderedDict()
+        self._held: OrderedDict[int, _Directory] = OrderedDict()
+        self._size = 0  # bytes of all of them, and of the one that is being read
 
     def lookup(self, ino: int, name: bytes) -> int:
         """Return the number of the file `name`; raise ENOENT as reader.Reader.lookup does."""
@@ -52,24 +62,35 @@ class Directories:
 
     def entries(self, ino: int, cookie: int, room: int, entry: Callable[[bytes, int, int], bytes]) -> bytes:
         """Return entries as reader.Reader.entries does; `entry` makes one from a name, a number and a cookie."""
-        names = list(self._names(ino).items())[cookie:]
+        names = islice(self._names(ino).items(), cookie, None)
         return fill((entry(name, child, number) for number, (name, child) in enumerate(names, cookie + 1)), room)
 
     def _names(self, ino: int) -> dict[bytes, int]:
         held = self._held.get(ino)
         if held is None:
-            held = self._load(ino)
-            self._held[ino] = held
-            while len(self._held) > 1 and sum(map(len, self._held.values())) > limits.MAX_WINDOWS_NAMES:
-                self._held.popitem(last=False)
-        else:
-            self._held.move_to_end(ino)
-        return held
+            held = self._held[ino] = self._load(ino)
+        self._held.move_to_end(ino)
+        return held.names
 
-    def _load(self, ino: int) -> dict[bytes, int]:
-        names: dict[bytes, int] = {}
-        for name, child in self._read(ino):
-            names.setdefault(name, child)
-            if len(names) > limits.MAX_WINDOWS_NAMES:
+    def _load(self, ino: int) -> _Directory:
+        """Return a directory; others are forgotten where there is no room for it."""
+        made = _Directory({}, OVERHEAD)
+        self._size += made.size
+        try:
+            for name, child in self._read(ino):
+                if name not in made.names:
+                    made.names[name] = child
+                    made.size += len(name) + OVERHEAD
+                    self._make_room(len(name) + OVERHEAD)
+        except BaseException:
+            self._size -= made.size
+            raise
+        return made
+
+    def _make_room(self, size: int) -> None:
+        """Count `size` bytes more."""
+        self._size += size
+        while self._size > limits.MAX_HELD_NAMES:
+            if not self._held:
                 raise OSError(errno.EIO, "a directory of too many names")
-        return names
+            self._size -= self._held.popitem(last=False)[1].size

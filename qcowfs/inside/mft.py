@@ -270,6 +270,7 @@ class Mft:
         listed = next((attribute for attribute in found if attribute.kind == ATTRIBUTE_LIST), None)
         if listed is None:
             return found
+        self._held.clear()  # of files with so many records, no more than one is held
         for other in self._others(number, listed):
             more = self._stored(other)
             if int.from_bytes(more[32:40], "little") & ((1 << RECORD_BITS) - 1) != number:
@@ -290,6 +291,8 @@ class Mft:
             numbers[reference & ((1 << RECORD_BITS) - 1)] = None
             at += length
         numbers.pop(number, None)
+        if len(numbers) > limits.MAX_NTFS_RECORDS:
+            raise damaged("a file of too many records")
         return list(numbers)
 
 
