@@ -17,7 +17,7 @@ from qcowfs import limits
 from qcowfs.inside.reader import Device, Extents
 from qcowfs.inside.record import Extent
 
-__all__ = ["FIRST", "Chain", "Heap", "Table", "contiguous"]
+__all__ = ["FIRST", "Chain", "Heap", "Table"]
 
 FIRST = 2  # the number of the first cluster: two entries of the table stand for none
 CHUNK = 4096  # entries of the table that are decoded at once, a multiple of 2 for those of 12 bits
@@ -36,11 +36,6 @@ class Chain(NamedTuple):
     firsts: array[int]
     length: int
     ended: bool
-
-
-def contiguous(first: int, length: int) -> Chain:
-    """Return the chain of `length` clusters from `first` on that is in no table."""
-    return Chain(array("Q", [0] if length else []), array("Q", [first] if length else []), length, ended=True)
 
 
 class Table:
@@ -84,6 +79,11 @@ class Table:
                 entries = self._chunk(base)
             cluster = entries[cluster - base] & self._mask
         return Chain(starts, firsts, length, length > 0 and cluster >= self._last)
+
+    def contiguous(self, first: int, length: int) -> Chain:
+        """Return `length` clusters from `first` on, those of them that there are, whatever the table says."""
+        length = max(min(length, self._end - first), 0) if first >= FIRST else 0
+        return Chain(array("Q", [0] if length else []), array("Q", [first] if length else []), length, ended=True)
 
     def _chunk(self, base: int) -> array[int]:
         """Return the entries from `base` on, CHUNK of them where there are so many."""

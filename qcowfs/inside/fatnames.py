@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from qcowfs.inside.directories import is_name, utf8
 
-__all__ = ["ENTRY", "checksum", "names", "short_name"]
+__all__ = ["checksum", "names", "short_name"]
 
-ENTRY = 32  # bytes
 FREE = (0x00, 0xE5)  # the first byte of an entry that is not used; Linux reads on behind a 0, where others stop
 VOLUME, LONG = 0x08, 0x0F  # attributes
 LAST_PART = 0x40
