@@ -22,6 +22,7 @@ from qcowfs.inside.launcher import Launcher
 from qcowfs.inside.readers import open_reader
 from tests.support import guesttree, need
 from tests.support.crash import FileDevice
+from tests.support.forgefat import Fat, Memory
 from tests.support.readertree import describe_reader
 from tests.support.vm import Machine
 
@@ -137,3 +138,63 @@ def test_a_worker_sees_the_same_tree(answers: Path, number: int) -> None:
     finally:
         tree.close()
         launcher.close()
+
+
+# What stands in an entry instead of the short name, the attributes and the case that its long name belongs to.
+ENTRIES = (
+    b"OTHER   TXT\x20\x08",
+    b"OTHEX   TXT\x20\x10",
+    b"OTH        \x20\x18",
+    b"\x05\x8e\x99     TXT\x20\x18",
+    b"\x82\x80\xe2\xe8 B  T  \x20\x18",
+    b"\x82\x80\xe2\xe8\xea   T\xa5 \x20\x10",
+    b"   LEAD TXT\x20\x00",
+    b"        EXT\x20\x00",
+    b"A\0B     TXT\x20\x00",
+    b"A\x01B     TXT\x20\x00",
+    b"A       T T\x20\x00",
+    b"VOLUME     \x28\x00",
+    b"DEV     X  \x40\x00",
+    b"RO      X  \x03\x00",
+)
+# How far before a file's own entry one has another first byte, and which.
+PARTS = ((32, 0x03), (64, 0x42), (96, 0xE5), (32, 0xE5), (96, 0x44), (32, 0x00), (64, 0x00))
+
+
+def forged(bits: int) -> Fat:
+    """Return a FAT with names that do not fit their files, and with files behind the mark of a directory's end."""
+    names = [f"name {number} long enough for three entries" for number in range(len(ENTRIES) + len(PARTS))]
+    tree = {name: name.encode() for name in names}
+    image = Fat(bits, tree | {"dir": {"in": b"1", "end": b"2", "behind": b"3"}, "日" * 80: b"longest"})
+    changes = [(image.entries[name], entry) for name, entry in zip(names, ENTRIES, strict=False)]
+    for name, (before, byte) in zip(names[len(ENTRIES) :], PARTS, strict=True):
+        changes.append((image.entries[name] - before, bytes([byte])))
+    for place, stored in [*changes, (image.entries["dir/end"], b"\0")]:
+        image.data[place : place + len(stored)] = stored
+    return image
+
+
+def test_what_no_driver_writes_is_as_the_kernel_shows_it(tmp_path: Path) -> None:
+    images = [forged(bits) for bits in (12, 16, 32)]
+    disks = []
+    for number, image in enumerate(images):
+        raw = tmp_path / f"{number}.raw"
+        raw.write_bytes(image.data)
+        disks.append(guesttree.raw_to_qcow2(raw))
+    told = tmp_path / "told.raw"
+    told.touch()
+    os.truncate(told, 2 * len(images) * guesttree.SLOT)
+    disks.append(guesttree.raw_to_qcow2(told))
+    with Machine(disks, directory=tmp_path) as machine:
+        for number, letter in enumerate("abc"):
+            machine.run(f"mount -t vfat -o ro,umask=022 /dev/vd{letter} /mnt")
+            guesttree.told(machine, "/dev/vdd", number)
+            machine.run("umount /mnt")
+        machine.poweroff()
+    subprocess.run(["qemu-img", "convert", "-O", "raw", str(disks[-1]), str(told)], check=True)
+
+    for number, image in enumerate(images):
+        device = Memory(image.data)
+        expected = guesttree.read_told(told, number)
+        assert len(expected[0]) > 20
+        assert expected == as_told(describe_reader(open_reader("vfat", device, recover=True), device))
