@@ -82,6 +82,17 @@ MAX_EXT_MAP = 1 << 16  # extents, and KiB of the map's blocks, of one ext file t
 MAX_LISTED_ENTRIES = 1 << 20  # of one directory that is held to be sorted: 300 MB
 MAX_WALKED_DIRECTORIES = 1 << 21  # that one walk remembers, so that none is entered twice: 200 MB
 MAX_WALK_DEPTH = 1024  # directories in directories; a path of Linux has 2,048 components at most
+MAX_FAT_RUNS = 1 << 19  # pieces of one file of FAT or exFAT, of 16 bytes each
+MAX_FAT_DIRECTORY = 2 << 20  # specification: bytes of a FAT directory, 65,536 entries
+MAX_EXFAT_DIRECTORY = 256 << 20  # specification: bytes of an exFAT directory
+MAX_HELD_NAMES = 40 << 20  # bytes of the names of FAT, exFAT or NTFS directories that a worker holds: 200,000 names
+MAX_NTFS_CLUSTER = 2 << 20  # Windows: bytes of a cluster
+MAX_NTFS_RUNS = 1 << 19  # pieces of one NTFS attribute, of 24 bytes each
+MAX_NTFS_ATTRIBUTE_LIST = 256 << 10  # Windows: bytes of the list of one file's attributes
+MAX_NTFS_RECORDS = 4096  # of one file, of 4 KiB at most: a million pieces
+MAX_NTFS_INDEX_BLOCKS = 1 << 16  # of one NTFS directory: 256 MiB, more than a million names
+MAX_NTFS_STREAM = 65536  # Linux: bytes of an extended attribute, as which alternate data streams are shown
+MAX_NTFS_STREAMS = 1 << 20  # bytes of all of one file; an answer has to hold them
 
 MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
 MAX_JOURNAL_RUNS = 1 << 15  # contiguous pieces of a journal: mke2fs makes a handful, and each costs 170 bytes here

@@ -14,16 +14,16 @@ from qcowfs.inside.reader import Device, Reader, Unreadable
 __all__ = ["READERS", "available", "import_reader", "open_reader"]
 
 EXT = ("qcowfs.inside.ext", "qcowfs._ext2", "libext2fs is missing; reinstall qcowfs where libext2fs is installed")
-WINDOWS = "install qcowfs[windows]"
+REINSTALL = "reinstall qcowfs"
 
 # Kind of file system: the module, what the module itself needs, and what to do where that is not installed.
 READERS = {
     "ext2": EXT,
     "ext3": EXT,
     "ext4": EXT,
-    "vfat": ("qcowfs.inside.fat", "", WINDOWS),
-    "exfat": ("qcowfs.inside.exfat", "", WINDOWS),
-    "ntfs": ("qcowfs.inside.ntfs", "pyfsntfs", WINDOWS),
+    "vfat": ("qcowfs.inside.fat", "", REINSTALL),
+    "exfat": ("qcowfs.inside.exfat", "", REINSTALL),
+    "ntfs": ("qcowfs.inside.ntfs", "", REINSTALL),
 }
 
 

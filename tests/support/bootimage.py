@@ -1,8 +1,8 @@
 """The kernel and the initramfs that the tests' virtual machine boots, made once and kept under build/vm.
 
 Used by vm.py and by `make vm`. The kernel is Debian's cloud kernel, downloaded and unpacked but not installed; the
-initramfs holds busybox, mkfs.ext4, the virtio modules and an init that runs commands from the second serial port.
-Several processes may ask at once: a file lock lets one of them make it.
+initramfs holds busybox, mkfs.ext4, the modules for virtio and for FAT and exFAT, and an init that runs commands from
+the second serial port. Several processes may ask at once: a file lock lets one of them make it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ CACHE = Path(__file__).resolve().parents[2] / "build" / "vm"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 # In the order in which they depend on one another; ext4 is built into this kernel.
 MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk")
+# What the kernel of the machine that runs the tests may not have.
+FILE_SYSTEMS = ("nls_cp437", "nls_ascii", "fat", "vfat", "exfat")
 DOWNLOAD_SECONDS = 300
 
 INIT = """\
@@ -134,9 +136,9 @@ def _run(*command: str, cwd: Path) -> str:
 
 
 def _initramfs(modules: Path) -> bytes:
-    files = {Path("init"): INIT.format(modules=" ".join(MODULES)).encode()}
+    files = {Path("init"): INIT.format(modules=" ".join(MODULES + FILE_SYSTEMS)).encode()}
     files[Path("bin/busybox")] = _program("busybox").read_bytes()
-    for module in MODULES:
+    for module in MODULES + FILE_SYSTEMS:
         (found,) = modules.rglob(f"{module}.ko")
         files[Path("modules", f"{module}.ko")] = found.read_bytes()
     # Not as mke2fs: busybox has a small one of that name, which its shell would prefer.

@@ -10,11 +10,12 @@ from qcowfs.inside.reader import INLINE, Device, Reader
 from qcowfs.inside.record import ENTRY, EXTENT, INODE, NO_XATTRS, UNMAPPED, Extent, Inode
 from tests.support.sparse import digest
 
-__all__ = ["describe_reader", "entries_of"]
+__all__ = ["describe_reader", "entries_of", "listing"]
 
 NANO = 10**9
 CHUNK = 1 << 20
 Entry = tuple[bytes, Inode, list[Extent] | None]
+PIECE = 100_000  # bytes of a compressed file that are read at once: no multiple of anything
 EXTENTS_AT_ONCE = 100  # that a question for them asks for: few, so that many a file takes more than one
 
 
@@ -53,6 +54,11 @@ def entries_of(
             place += whole
 
 
+def listing(reader: Reader, directory: int, room: int = 1 << 16) -> Iterator[tuple[bytes, Inode]]:
+    """Yield name and inode of each entry."""
+    return ((name, inode) for name, inode, _ in entries_of(reader, directory, room))
+
+
 def _check_entry(reader: Reader, inode: Inode, extents: list[Extent] | None) -> None:
     """Compare what an entry says beside its inode with the answers to the questions that it makes needless."""
     assert reader.stat(inode.ino) == inode.pack()
@@ -81,6 +87,9 @@ def _one(reader: Reader, device: Device, inode: Inode) -> tuple[Any, ...]:
 
 
 def _pieces(reader: Reader, device: Device, inode: Inode) -> Iterator[tuple[int, bytes]]:
+    if reader.extents(inode.ino, 0, 1) is None:
+        yield from ((place, reader.read(inode.ino, place, PIECE)) for place in range(0, inode.size, PIECE))
+        return
     extents, inline = _all_extents(reader, inode)
     for start, length, offset in extents:
         if offset >= INLINE:

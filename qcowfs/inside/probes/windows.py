@@ -13,7 +13,7 @@ from qcowfs import limits
 from qcowfs.errors import QcowfsError
 from qcowfs.inside.probes import Filesystem, Read, utf16
 
-__all__ = ["PROBES", "bitlocker"]
+__all__ = ["FAT12_MAX", "FAT16_MAX", "FAT32_MAX", "PROBES", "FatGeometry", "bitlocker", "fat_geometry"]
 
 FAT12_MAX, FAT16_MAX, FAT32_MAX = 0xFF4, 0xFFF4, 0x0FFFFFF6  # clusters
 FAT32_NAMES = (b"MSWIN", b"FAT32   ")
@@ -30,7 +30,7 @@ VOLUME_RECORD = 3  # of NTFS's master file table
 VOLUME_NAME, VOLUME_INFORMATION, LAST_ATTRIBUTE = 0x60, 0x70, 0xFFFFFFFF
 
 
-class _Fat(NamedTuple):
+class FatGeometry(NamedTuple):
     """A boot sector of FAT that makes sense; sizes in sectors of `sector_size` bytes."""
 
     sector_size: int
@@ -58,12 +58,13 @@ def _is_power_of_2(number: int) -> bool:
     return number > 0 and not number & (number - 1)
 
 
-def _fat(sector: bytes) -> _Fat | None:
+def fat_geometry(sector: bytes) -> FatGeometry | None:
+    """Return what the boot sector of a FAT file system says; None if it makes no sense."""
     sector_size, cluster_size, reserved, fats, root_entries, sectors, media, length = struct.unpack_from(
         "<HBHBHHBH", sector, 11
     )
     large_sectors, large_length, root_cluster = struct.unpack_from("<II4xI", sector, 32)
-    fat = _Fat(
+    fat = FatGeometry(
         sector_size=sector_size,
         cluster_size=cluster_size,
         reserved=reserved,
@@ -93,7 +94,7 @@ def vfat(read: Read, size: int) -> Filesystem | None:
     sector = read(0, 512)
     if not _has_fat_magic(sector) or sector[3:11] in (b"-FVE-FS-", b"NTFS    ", b"EXFAT   "):
         return None
-    fat = _fat(sector)
+    fat = fat_geometry(sector)
     if fat is None:
         return None
     extended = sector[0x40:] if fat.is_fat32 else sector[0x24:]  # from the drive number on
@@ -119,7 +120,7 @@ def _label(search: Callable[[], str]) -> str:
         return ""
 
 
-def _fat_label(read: Read, fat: _Fat) -> str:
+def _fat_label(read: Read, fat: FatGeometry) -> str:
     for entry in _fat_root(read, fat):
         attributes = entry[11]
         if entry[0] == 0:
@@ -132,7 +133,7 @@ def _fat_label(read: Read, fat: _Fat) -> str:
     return ""
 
 
-def _fat_root(read: Read, fat: _Fat) -> Iterator[bytes]:
+def _fat_root(read: Read, fat: FatGeometry) -> Iterator[bytes]:
     if not fat.is_fat32:
         yield from _entries(read(fat.root, min(fat.root_entries * DIRECTORY_ENTRY, limits.MAX_ROOT_BYTES)))
         return
