@@ -283,9 +283,48 @@ def test_a_directory_of_nothing_is_looked_through_in_bounded_time(image: Image, 
     assert time.process_time() - start < limits.INSIDE_REQUEST_SECONDS
 
 
-def write_map(image: Image, path: str, content: bytes) -> None:
+@pytest.mark.timeout(60, method="thread")
+def test_a_map_of_nothing_is_walked_in_small_steps(tmp_path: Path) -> None:
+    """4 * 10**12 blocks of a file, none of which is stored, in a map of three blocks of pointers."""
+    need("mke2fs", "debugfs")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "file").write_bytes(b"f" * (4 * 65536))
+    options = ["-t", "ext4", "-b", "65536", "-O", "^metadata_csum,^has_journal", "-d", tmp_path / "tree"]
+    command = ["mke2fs", "-q", "-F", *options, tmp_path / "made", "16M"]
+    subprocess.run(command, check=True, capture_output=True)
+    image = Image(tmp_path / "image", (tmp_path / "made").read_bytes())
+    blocks = image.blocks("/file")
+    image.debugfs("sif /file flags 0", f"sif /file size {1 << 58}")
+    image.write(blocks[0] * 65536, bytes(65536))
+    for child, node in pairwise(blocks[:3]):
+        image.write(node * 65536, struct.pack("<I", child) * 16384)
+    write_map(image, "/file", struct.pack("<15I", *[0] * 12, *blocks[:3]), 65536)
+    reader = image.reader()
+    start, place = time.process_time(), 0
+
+    for _ in range(3):
+        found = reader.extents(reader.lookup(ROOT, b"file"), place, 10)
+        assert found is not None and place < found.end < 1 << 58
+        place = found.end
+    assert time.process_time() - start < limits.INSIDE_REQUEST_SECONDS
+
+
+@pytest.mark.parametrize("offset", [0, 1, 1500, 4999])
+def test_extents_begin_where_they_are_asked_for(image: Image, offset: int) -> None:
+    reader = image.reader()
+    ino = reader.lookup(ROOT, b"file")
+
+    found = reader.extents(ino, offset, 10)
+
+    assert found is not None and found.end == 5000
+    place = image.blocks("/file")[0] * BLOCK
+    assert [(offset, 5000 - offset, place + offset)] == [tuple(extent) for extent in found.extents]
+
+
+def write_map(image: Image, path: str, content: bytes, unit: int = BLOCK) -> None:
+    """Let `content` be the i_block of an inode; `unit` is the size of the image's blocks."""
     block, offset = re.findall(r"block (\d+), offset (0x[0-9a-f]+)", image.debugfs(f"imap {path}"))[0]
-    image.write(int(block) * BLOCK + int(offset, 16) + 40, content.ljust(60, b"\0"))
+    image.write(int(block) * unit + int(offset, 16) + 40, content.ljust(60, b"\0"))
 
 
 @pytest.mark.parametrize(

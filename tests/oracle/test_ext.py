@@ -101,6 +101,23 @@ def test_features_that_this_kernel_lacks_hide_nothing(tmp_path: Path) -> None:
         assert expected == describe_reader(tree, FileDevice(image))
 
 
+def test_inodes_that_say_little_of_themselves_are_as_the_kernel_shows_them(tmp_path: Path) -> None:
+    """Those that say nothing of their longer part have times in it all the same, and no attributes."""
+    need("mke2fs", "mount", "debugfs")
+    image = tmp_path / "image"
+    make(image, KINDS["ext4"])
+    with mounted(image) as point:
+        plant(point, 4, big=1 << 20, names=100)
+    for path in ("owners/file5", "owners/directory6", "attributes/value40", "kinds/large-chr", "names/link59"):
+        command = ["debugfs", "-w", "-R", f"sif /{path} extra_isize 0", image]
+        subprocess.run(command, check=True, capture_output=True)
+    with mounted(image, "ro,noatime") as point:
+        expected = describe(point)
+
+    with tree_of(image) as tree:
+        assert expected == describe_reader(tree, FileDevice(image))
+
+
 @pytest.mark.parametrize("size", [8192, 16384, 65536])
 def test_blocks_larger_than_a_page_are_read(tmp_path: Path, size: int) -> None:
     """The kernel mounts none of them on most machines: what mke2fs copied is compared with what it copied from."""
