@@ -1,7 +1,8 @@
 """Starts and ends workers for the mount process, through a small process that forks them.
 
 Used by client.py. The mount process has threads, and a fork of it would be a gamble: `Launcher()` has to be made before
-there are any, in the main thread, since the kernel ends the launcher process with the thread that forked it.
+there are any, in the main thread of the process that stays, since the kernel ends the launcher process with the thread
+that forked it.
 """
 
 from __future__ import annotations
@@ -98,11 +99,16 @@ class Launcher:
         """End the workers that nobody asked anything for so long."""
         self.places.idle(seconds)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called: what ends from now on is no crash."""
+        return self._channel.fileno() < 0
+
     def close(self) -> None:
         """End all workers and the launcher process, and wait for them."""
         self.places.close()
         with self._lock:
-            if self._channel.fileno() < 0:
+            if self.is_closed:
                 return
             self._channel.close()
             self._collect()

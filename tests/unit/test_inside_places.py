@@ -157,7 +157,6 @@ def test_a_tree_that_is_never_idle_gives_its_worker_up_after_a_while(
     assert all(future.result(10) for future in hammering)
 
 
-@pytest.mark.expect_warnings
 def test_nobody_waits_for_a_place_of_a_mount_that_ends(
     threads: ThreadPoolExecutor, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,5 +169,5 @@ def test_nobody_waits_for_a_place_of_a_mount_that_ends(
     with pytest.raises(TreeFault, match="the mount ends"):
         late.result(5)
     disk.gate.set()
-    with pytest.raises(TreeFault):
+    with pytest.raises(TreeFault, match="the mount ends"):
         before.result(5)
