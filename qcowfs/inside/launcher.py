@@ -42,9 +42,14 @@ class Launcher:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            be_launcher(theirs, parent)
+        # A Ctrl-C that came before the child ignores it would end the child alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._pid = os.fork()
+            if self._pid == 0:
+                be_launcher(theirs, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         ours.settimeout(PATIENCE)
         self.places = Places()
