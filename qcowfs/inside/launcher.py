@@ -115,8 +115,9 @@ class Launcher:
         with self._lock:
             if self.is_closed:
                 return
-            self._channel.close()
+            self._channel.close()  # this is what ends them, without a question for each that might not be answered
             self._collect()
+        self.places.idle(0)
 
     def _collect(self) -> None:
         """Wait for the launcher process; one that cannot even end is killed, and its workers with it."""

@@ -62,9 +62,25 @@ def kill_now_and_then(launcher: Launcher, done: threading.Event) -> int:
     while not done.wait(0.02):
         for pid in sorted(running(launcher)):
             if rng.random() < 0.3:
-                os.kill(pid, rng.choice((signal.SIGKILL, signal.SIGSEGV)))
-                killed += 1
+                killed += kill(launcher, pid, rng.choice((signal.SIGKILL, signal.SIGSEGV)))
     return killed
+
+
+def kill(launcher: Launcher, pid: int, number: int) -> bool:
+    """Send a signal to a child of the launcher, but not to another process that has its id by now."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if pid in running(launcher):
+            signal.pidfd_send_signal(descriptor, number)
+            return True
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @pytest.mark.expect_warnings
