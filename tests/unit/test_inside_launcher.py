@@ -7,6 +7,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -95,6 +97,37 @@ def test_signals_for_the_whole_group_end_nobody(launcher: Launcher, kind: str) -
 
     assert worker == pid_of(tree)
     assert fakereader.inode(7) == tree_of(launcher, kind).stat(7)
+
+
+def test_ctrl_c_at_any_moment_ends_only_who_listens() -> None:
+    """A process group of its own gets it, also while the launcher is being forked."""
+    code = f"""
+import os, signal
+from qcowfs.inside import readers
+readers.READERS["fake"] = ("{fakereader.__name__}", "", "")
+from qcowfs.inside.launcher import Launcher
+from qcowfs.inside.client import Tree
+heard, listener = [], os.getpid()
+def listen(number, frame):
+    if os.getpid() != listener:
+        raise KeyboardInterrupt
+    heard.append(number)
+signal.signal(signal.SIGINT, listen)
+for _ in range(20):
+    launcher = Launcher()
+    os.killpg(0, signal.SIGINT)
+    tree = Tree(launcher, "x", "fake", 4096, lambda o, n: bytes(n), True)
+    tree.stat(2)
+    pid = tree._worker.pid
+    os.killpg(0, signal.SIGINT)
+    tree.stat(2)
+    assert pid == tree._worker.pid
+    launcher.close()
+print(len(heard))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True)
+
+    assert ("40\n", "") == (done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
