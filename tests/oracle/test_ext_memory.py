@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-import stat
 import subprocess
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
 
-from qcowfs.inside.client import Tree
-from qcowfs.inside.launcher import Launcher
-from qcowfs.inside.record import ENTRY, INODE, Inode
 from tests.support import lacking, need
-from tests.support.crash import FileDevice
-from tests.support.workers import launcher_pid, memory, pid_of
 
 need("mke2fs", "debugfs")
 pytest.importorskip("qcowfs.inside.ext")
@@ -25,6 +20,35 @@ if os.geteuid() != 0:
 FILES = 24_000
 ENOUGH = 64 << 20  # bytes of a worker; 43 MiB were measured, of which 21 are its own
 ENOUGH_OF_ITS_OWN = 8 << 20  # bytes of the launcher that are not the mount process's too; 3 MiB were measured
+
+# In a process of its own: what a worker takes begins with what its launcher was forked from.
+MEASURE = """
+import json, pathlib, stat, sys
+from qcowfs.inside.client import Tree
+from qcowfs.inside.launcher import Launcher
+from qcowfs.inside.record import ENTRY, INODE, Inode
+from tests.support.crash import FileDevice
+from tests.support.workers import launcher_pid, memory, pid_of
+
+def walk(directory):
+    cookie = 0
+    while page := tree.entries(directory, cookie, 1 << 16):
+        place = 0
+        while place < len(page):
+            cookie, _name, _extents, length = ENTRY.unpack_from(page, place)
+            inode = Inode._make(INODE.unpack_from(page, place + ENTRY.size))
+            tree.xattrs(inode.ino)
+            yield inode
+            if stat.S_ISDIR(inode.mode):
+                yield from walk(inode.ino)
+            place += length
+
+device, launcher = FileDevice(pathlib.Path(sys.argv[1])), Launcher()
+tree = Tree(launcher, "disk", "ext4", device.size, device.read, True)
+files = sum(stat.S_ISREG(inode.mode) for inode in walk(tree.root))
+print(json.dumps([files, memory(pid_of(tree)), memory(launcher_pid(launcher))]))
+launcher.close()
+"""
 
 
 @pytest.fixture
@@ -41,28 +65,9 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def walk(tree: Tree, directory: int) -> Iterator[Inode]:
-    cookie = 0
-    while page := tree.entries(directory, cookie, 1 << 16):
-        place = 0
-        while place < len(page):
-            cookie, _name, _extents, length = ENTRY.unpack_from(page, place)
-            inode = Inode._make(INODE.unpack_from(page, place + ENTRY.size))
-            tree.xattrs(inode.ino)
-            yield inode
-            if stat.S_ISDIR(inode.mode):
-                yield from walk(tree, inode.ino)
-            place += length
-
-
 def test_a_large_tree_takes_little_memory(image: Path) -> None:
-    device, launcher = FileDevice(image), Launcher()
-    tree = Tree(launcher, "disk", "ext4", device.size, device.read, True)
-    try:
-        files = sum(stat.S_ISREG(inode.mode) for inode in walk(tree, tree.root))
-        worker, launching = memory(pid_of(tree)), memory(launcher_pid(launcher))
-    finally:
-        launcher.close()
+    done = subprocess.run([sys.executable, "-c", MEASURE, image], capture_output=True, text=True, check=True)
+    files, worker, launching = json.loads(done.stdout)
 
     assert FILES == files
     assert worker["Rss"] < ENOUGH
