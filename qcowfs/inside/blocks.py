@@ -45,8 +45,14 @@ class Blocks:
         if length == 0:
             return b""
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK
-        if last - first >= limits.INSIDE_BLOCKS // 2:
-            return self._past_cache(offset, length)
+        if last - first >= limits.INSIDE_BLOCKS // 2:  # it would push everything else out
+            return self._uncached(offset, length)
+        try:
+            return self._cached(offset, length, first, last)
+        except OSError:  # perhaps for a byte of a block that nobody has asked for
+            return self._uncached(offset, length)
+
+    def _cached(self, offset: int, length: int, first: int, last: int) -> bytes:
         if first == last:
             block = self._block(first, last)
             return block[offset - first * BLOCK : offset - first * BLOCK + length]
@@ -83,8 +89,7 @@ class Blocks:
         while len(self._blocks) > limits.INSIDE_BLOCKS:
             self._blocks.popitem(last=False)
 
-    def _past_cache(self, offset: int, length: int) -> bytes:
-        """A read so long that it would push everything else out."""
+    def _uncached(self, offset: int, length: int) -> bytes:
         step = limits.INSIDE_WANT
         end = offset + length
         return b"".join([self._ask(place, min(step, end - place)) for place in range(offset, end, step)])

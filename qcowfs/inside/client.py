@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import TypeVar
 
 from qcowfs import limits
@@ -28,6 +29,7 @@ __all__ = ["Tree"]
 
 logger = logging.getLogger("qcowfs.inside")
 T = TypeVar("T")
+MAX_FACTS = 16  # a reader tells two or three
 REASONS = {
     "SIGPROF": f"it took longer than {limits.INSIDE_REQUEST_SECONDS} s",
     "SIGSYS": "SIGSYS, a system call that no reader needs",
@@ -172,9 +174,9 @@ class Tree:
         except TreeFault:
             self._end()
             raise
-        self._facts = {_text(name): _text(value) for name, value in facts.items()}
+        self._facts = {_shown(name): _shown(value) for name, value in islice(facts.items(), MAX_FACTS)}
         sandbox = self._facts.get("sandbox", "")
-        logger.debug("%s: process %d reads it: %s", printable(self._name), self._worker.pid, printable(sandbox))
+        logger.debug("%s: process %d reads it: %s", printable(self._name), self._worker.pid, sandbox)
 
     def _new_worker(self) -> Worker:
         try:
@@ -240,13 +242,12 @@ class Tree:
     def _told(self, kind: int, body: bytes, request: Kind) -> TreeFault:
         """Return the fault that the worker tells."""
         if kind == Kind.UNREADABLE and request == Kind.OPEN:
-            self._refusal = printable(_text(body[: limits.INSIDE_ERROR]))
+            self._refusal = _shown(body)
             return self._fault(errno.ENOTSUP, self._refusal)
         if kind != Kind.ERROR or len(body) < ERROR.size:
             raise ValueError(f"message {kind}")
         (number,) = ERROR.unpack_from(body)
-        text = _text(body[ERROR.size : ERROR.size + limits.INSIDE_ERROR])
-        return self._fault(number if number in errno.errorcode else errno.EIO, printable(text))
+        return self._fault(number if number in errno.errorcode else errno.EIO, _shown(body[ERROR.size :]))
 
     def _wanted(self, body: bytes) -> tuple[Kind, bytes]:
         """Return the message with the bytes of the volume that the worker wants."""
@@ -263,6 +264,8 @@ class Tree:
 
     def _crashed(self, what: str) -> TreeFault:
         how = self._end()
+        if self._launcher.is_closed:
+            return self._fault(errno.EIO, "the mount ends")
         self._crashes.append(time.monotonic())
         what = f"its reader crashed: {REASONS.get(how, how) or what}"
         logger.warning("%s: %s", printable(self._name), printable(what))
@@ -301,5 +304,6 @@ def _opened(body: bytes) -> tuple[int, dict[bytes, bytes]]:
     return answer.number(body[:8]), answer.pairs(body[8:])
 
 
-def _text(body: bytes) -> str:
-    return body.decode("utf-8", "replace")
+def _shown(text: bytes) -> str:
+    """Return what a worker says in a form, and of a length, that can be shown."""
+    return printable(text[: limits.INSIDE_ERROR].decode("utf-8", "replace"))

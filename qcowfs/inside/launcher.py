@@ -1,7 +1,8 @@
 """Starts and ends workers for the mount process, through a small process that forks them.
 
 Used by client.py. The mount process has threads, and a fork of it would be a gamble: `Launcher()` has to be made before
-there are any, in the main thread, since the kernel ends the launcher process with the thread that forked it.
+there are any, in the main thread of the process that stays, since the kernel ends the launcher process with the thread
+that forked it.
 """
 
 from __future__ import annotations
@@ -41,9 +42,14 @@ class Launcher:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            be_launcher(theirs, parent)
+        # A Ctrl-C that came before the child ignores it would end the child alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._pid = os.fork()
+            if self._pid == 0:
+                be_launcher(theirs, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         ours.settimeout(PATIENCE)
         self.places = Places()
@@ -98,14 +104,20 @@ class Launcher:
         """End the workers that nobody asked anything for so long."""
         self.places.idle(seconds)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called: what ends from now on is no crash."""
+        return self._channel.fileno() < 0
+
     def close(self) -> None:
         """End all workers and the launcher process, and wait for them."""
         self.places.close()
         with self._lock:
-            if self._channel.fileno() < 0:
+            if self.is_closed:
                 return
-            self._channel.close()
+            self._channel.close()  # this is what ends them, without a question for each that might not be answered
             self._collect()
+        self.places.idle(0)
 
     def _collect(self) -> None:
         """Wait for the launcher process; one that cannot even end is killed, and its workers with it."""

@@ -112,8 +112,7 @@ class Places:
             tenant.retire()
 
     def close(self) -> None:
-        """Let nobody in any more, and end the workers that are idle."""
+        """Let nobody in any more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self.idle(0)

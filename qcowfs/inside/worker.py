@@ -61,9 +61,10 @@ class _Worker:
         self._number = 0
         self._reader: Reader | None = None
         self._size = 0  # of the volume
+        self._unread = 0  # the errno with which a read of the volume failed, for this request
 
     def serve(self, request: int, number: int, body: bytes) -> None:
-        self._number = number
+        self._number, self._unread = number, 0
         signal.setitimer(signal.ITIMER_PROF, limits.INSIDE_REQUEST_SECONDS)
         outcome, told = self._outcome(request, body)
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -73,6 +74,8 @@ class _Worker:
         try:
             return Kind.ANSWER, self._answer(request, body)
         except Unreadable as error:
+            if self._unread:  # perhaps only now; what a reader refuses for what it has read, it refuses for ever
+                return _error(self._unread, str(error))
             return Kind.UNREADABLE, cut(str(error))
         except MemoryError:
             return _error(errno.ENOMEM, "its reader ran out of memory")
@@ -129,7 +132,8 @@ class _Worker:
         except (EOFError, OSError):
             os._exit(0)  # nobody is left who could want the answer
         if kind != Kind.BYTES:
-            raise OSError(ERROR.unpack_from(body)[0], f"{length} bytes at {offset} cannot be read")
+            (self._unread,) = ERROR.unpack_from(body)
+            raise OSError(self._unread, f"{length} bytes at {offset} cannot be read")
         return body
 
 

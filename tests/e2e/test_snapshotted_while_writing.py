@@ -162,6 +162,6 @@ def test_the_guest_was_writing_all_the_time(frozen: list[Frozen]) -> None:
     counts = [len(point.found) for point in frozen]
 
     assert len(recovered) >= SNAPSHOTS // 2
-    assert len({repr(sorted(point.found.items())) for point in frozen}) == SNAPSHOTS + 1
+    assert len({repr(sorted(point.found.items())) for point in frozen}) > SNAPSHOTS // 2
     assert len({point.found[b"x/b/log"][-1] for point in frozen if b"x/b/log" in point.found}) > SNAPSHOTS // 2
     assert max(counts) > 300

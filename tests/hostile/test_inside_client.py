@@ -36,6 +36,8 @@ class FakeLauncher:
         self.script = script
         self.threads: list[threading.Thread] = []
         self.places = Places()
+        self.is_closed = False
+        self.opened = OPENED
 
     def spawn(self, kind: str) -> Worker:
         ours, theirs = socket.socketpair()
@@ -48,7 +50,7 @@ class FakeLauncher:
         with channel:
             try:
                 channel.recv(1 << 16)
-                channel.sendall(HEAD.pack(Kind.ANSWER, 1, len(OPENED)) + OPENED)
+                channel.sendall(HEAD.pack(Kind.ANSWER, 1, len(self.opened)) + self.opened)
                 channel.recv(1 << 16)
                 self.script(channel)
                 while channel.recv(1 << 16):
@@ -158,6 +160,18 @@ def test_an_unknown_errno_becomes_eio_and_the_worker_stays() -> None:
     tree.close()
 
     assert errno.EIO == caught.value.errno
+
+
+def test_facts_are_few_short_and_printable() -> None:
+    launcher = FakeLauncher(lambda channel: None)
+    launcher.opened = OPENED + pack_pairs({b"k%d\n" % number: b"\x1b[2J" * 200 for number in range(500)})
+    tree = Tree(launcher, "disk", "any", SIZE, lambda offset, length: bytes(length), True)  # type: ignore[arg-type]
+    facts = tree.facts()
+    tree.close()
+
+    assert 16 == len(facts)
+    assert all(name.isprintable() and value.isprintable() for name, value in facts.items())
+    assert max(map(len, facts.values())) <= 4 * limits.INSIDE_ERROR
 
 
 def entry(name: bytes = b"name", cookie: int = 5, extents: list[Extent] | None = None, body: bytes = b"") -> bytes:

@@ -102,4 +102,9 @@ FORBIDDEN = {
 def open_reader(device: Device, *, recover: bool) -> FakeReader:
     if device.size == 13:
         raise Unreadable("thirteen\x1b bytes")
+    if device.size == 14:
+        try:
+            device.read(0, 14)
+        except OSError as error:
+            raise Unreadable("it cannot be read") from error
     return FakeReader(device)
