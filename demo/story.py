@@ -1,7 +1,7 @@
 """The story that qcowfs is for, on a real virtual machine: a file is deleted, and read back from before its deletion.
 
 `make demo` prints it as a transcript; tests/e2e/test_story.py holds the same story to QEMU's and the kernel's answers.
-One thread. Whatever goes wrong, mounts, QEMU and files are gone afterwards; `--keep` leaves the mounts to play with.
+One thread. Whatever goes wrong, mounts, QEMU and files are gone afterwards; `--keep` leaves the mount to play with.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from demo.transcript import StoryFailed, Transcript
 from tests.support.bootimage import BootImageError
+from tests.support.mounts import Person, force_unmount, interpreter, me, nobody, remove_copies
 from tests.support.vm import Machine, MachineError
 
 DATA1_MIB = 100
@@ -27,18 +28,16 @@ SNAPSHOT = "after-the-deletion"
 
 
 class Story:
-    """The story in four acts, to be called in order, in a directory of its own.
+    """The story in five acts, to be called in order, in a directory of its own.
 
     Attributes:
         checksum: SHA-256 of data1.dat as the guest printed it.
         points: the directory on which the image is mounted.
-        files: the directory on which a file system inside a point is mounted.
     """
 
     def __init__(self, directory: Path, transcript: Transcript) -> None:
         self.checksum = ""
         self.points = directory / "points"
-        self.files = directory / "files"
         self._directory = directory
         self._tell = transcript
 
@@ -57,27 +56,30 @@ class Story:
         tell.say("The machine is off. One more snapshot, this time inside the image.")
         tell.host("qemu-img", "snapshot", "-c", SNAPSHOT, "snapshot_test.img")
 
-    def mount(self) -> None:
-        """Act 2: every point in time that the image and its backing file hold becomes a file."""
+    def mount(self, person: Person) -> None:
+        """Act 2: every point in time that the image and its backing file hold becomes a file, and a directory."""
         tell = self._tell
-        tell.say("Which points in time does the image hold?")
-        tell.host("qcowfs", "list", "snapshot_test.img")
-        tell.say("Mount it: each of them is a raw disk.")
-        tell.host("mkdir", self.points.name, self.files.name)
-        tell.root("qcowfs", "mount", "snapshot_test.img", self.points.name)
-        tell.root("ls", "-l", self.points.name)
+        tell.become(person)
+        if person.uid != 0:
+            tell.say(f"All that follows is done by the ordinary user {person.name}.")
+        tell.say("Neither root nor a loop device is needed from here on.")
+        tell.say("Which points in time does the image hold, and what is inside them?")
+        tell.host("qcowfs", "list", "-v", "snapshot_test.img")
+        tell.say("Mount it: NAME.raw is the disk as it was at that time, and NAME has the files inside.")
+        tell.host("mkdir", self.points.name)
+        tell.host("qcowfs", "mount", "snapshot_test.img", self.points.name)
+        tell.host("ls", "-l", self.points.name)
 
     def restore(self) -> None:
-        """Act 3: read the deleted file from the disk as it was before."""
+        """Act 3: read the deleted file from the time before, with cp."""
         tell = self._tell
         tell.say(
-            "data.raw is the disk as it was when the snapshot was taken. The guest had it mounted then, so its journal "
-            "is not empty: noload tells the kernel to leave that alone."
+            "data is the disk as it was when the snapshot was taken. The guest had it mounted then, so its journal was "
+            "replayed in memory, as the guest's next boot would do it; data.qcow2 is as it was."
         )
-        tell.root("mount", "-o", "ro,loop,noload", f"{self.points.name}/data.raw", self.files.name)
-        tell.root("ls", "-l", self.files.name)
-        tell.root("cp", f"{self.files.name}/data1.dat", "restored.dat")
-        restored = _checksum(tell.root("sha256sum", "restored.dat"))
+        tell.host("ls", "-l", f"{self.points.name}/data")
+        tell.host("cp", f"{self.points.name}/data/data1.dat", "restored.dat")
+        restored = _checksum(tell.host("sha256sum", "restored.dat"))
         if restored != self.checksum:
             raise StoryFailed(f"the guest wrote {self.checksum} and {restored} came back")
         tell.say("The same checksum as in the guest, before it deleted the file.")
@@ -85,22 +87,22 @@ class Story:
     def compare(self) -> None:
         """Act 4: what other tools say of the points."""
         tell = self._tell
-        tell.say("Any tool that reads raw disks can compare points; QEMU agrees with what they hold.")
-        tell.root("cmp", f"{self.points.name}/current.raw", f"{self.points.name}/{SNAPSHOT}.raw")
-        tell.root("cmp", f"{self.points.name}/current.raw", f"{self.points.name}/data.raw", status=1)
-        tell.root("qemu-img", "compare", "-f", "raw", "-F", "qcow2", f"{self.points.name}/data.raw", "data.qcow2")
+        tell.say("Any tool that knows files can compare points, and any tool that reads raw disks; QEMU agrees.")
+        tell.host("diff", "-rq", f"{self.points.name}/data", f"{self.points.name}/current", status=1)
+        tell.host("cmp", f"{self.points.name}/current.raw", f"{self.points.name}/{SNAPSHOT}.raw")
+        tell.host("qemu-img", "compare", "-f", "raw", "-F", "qcow2", f"{self.points.name}/data.raw", "data.qcow2")
 
     def unmount(self) -> None:
-        """The end: nothing is left mounted."""
-        self._tell.say("Done.")
-        self._tell.root("umount", self.files.name)
-        self._tell.root("qcowfs", "umount", self.points.name)
+        """Act 5: nothing is left mounted, and files can be looked at all the same."""
+        tell = self._tell
+        tell.host("qcowfs", "umount", self.points.name)
+        tell.say("Without a mount:")
+        tell.host("qcowfs", "ls", "-l", "snapshot_test.img", "data")
+        tell.shell("qcowfs cat snapshot_test.img data:data1.dat | cmp - restored.dat")
 
     def clean_up(self) -> None:
         """Unmount what a story that broke off has left mounted."""
-        for path in (self.files, self.points):
-            if f" {path} " in Path("/proc/self/mounts").read_text():  # to ask the mount itself could wait for ever
-                subprocess.run([*_as_root(), "umount", "--lazy", path], check=True, timeout=30)
+        force_unmount(self.points)
 
     def _write_data1(self, machine: Machine) -> None:
         tell = self._tell
@@ -142,13 +144,15 @@ def _checksum(output: str) -> str:
     return output.split()[0]
 
 
-def _as_root() -> tuple[str, ...]:
-    return () if os.geteuid() == 0 else ("sudo",)
+def _who_mounts(keep: bool) -> Person:
+    """Return an ordinary user if there is one. What is kept is for whoever runs this: only who mounted gets in."""
+    person = me() if keep or os.geteuid() != 0 else nobody()
+    return person if interpreter(person) else me()
 
 
 def _tell_all(story: Story, keep: bool) -> None:
     story.make_images()
-    story.mount()
+    story.mount(_who_mounts(keep))
     story.restore()
     story.compare()
     if not keep:
@@ -162,12 +166,13 @@ def _stop(number: int, frame: object) -> None:
 def main() -> int:
     """Tell the story; return 0 only if everything was as it says."""
     parser = argparse.ArgumentParser(prog="make demo", description="qcowfs on a real virtual machine")
-    parser.add_argument("--keep", action="store_true", help="leave the mounts, to play with")
+    parser.add_argument("--keep", action="store_true", help="leave the mount, to play with")
     keep = parser.parse_args().keep
     signal.signal(signal.SIGTERM, _stop)
     with ExitStack() as cleaning:
         directory = Path(tempfile.mkdtemp(prefix="qcowfs-demo-"))
         cleaning.callback(shutil.rmtree, directory)
+        cleaning.callback(remove_copies)
         transcript = Transcript(directory)
         story = Story(directory, transcript)
         cleaning.callback(story.clean_up)
@@ -186,9 +191,8 @@ def main() -> int:
 
 
 def _say_how_to_end(directory: Path) -> None:
-    sudo = " ".join(_as_root())
-    print(f"\n# Still mounted: {directory}/points, and {directory}/files with the file system of data.raw.")
-    print(f"# To end it: {sudo} umount {directory}/files {directory}/points && rm -r {directory}".replace(":  ", ": "))
+    print(f"\n# Still mounted: {directory}/points.")
+    print(f"# To end it: .venv/bin/qcowfs umount {directory}/points && rm -r {directory}")
 
 
 if __name__ == "__main__":

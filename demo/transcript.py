@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from tests.support.mounts import Person, me, script
 from tests.support.vm import Machine
 
 COMMAND_SECONDS = 60.0
@@ -29,6 +29,19 @@ class Transcript:
     def __init__(self, directory: Path, out: TextIO | None = sys.stdout) -> None:
         self._directory = directory
         self._out = out
+        self._person = me()
+        self._programs = ""
+
+    def become(self, person: Person) -> None:
+        """Let `person` run what comes from now on, and own what is in the story's directory."""
+        self._person = person
+        if not person.is_me:
+            for path in (self._directory, *self._directory.iterdir()):
+                person.own(path)
+            programs = self._directory / "bin"
+            programs.mkdir()
+            script(programs / "qcowfs", person=person)
+            self._programs = f"{programs}:"
 
     def say(self, text: str) -> None:
         """Print a paragraph for the reader."""
@@ -42,27 +55,26 @@ class Transcript:
 
     def host(self, *words: str, status: int = 0) -> str:
         """Run a command in the story's directory; anything but exit status `status` ends the story."""
-        self.show("$", shlex.join(words))
-        done = subprocess.run(
-            words,
+        return self.shell(shlex.join(words), status=status)
+
+    def shell(self, command: str, status: int = 0) -> str:
+        """The same for a command line of the shell."""
+        self.show("$" if self._person.is_me else f"{self._person.name}$", command)
+        done = subprocess.run(  # type: ignore[call-overload]
+            ["sh", "-c", command],
             cwd=self._directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=COMMAND_SECONDS,
+            env=self._person.environment({"PATH": self._programs + os.environ["PATH"]}),
+            **self._person.popen_arguments(),
         )
         self._output(done.stdout)
         if done.returncode != status:
-            raise StoryFailed(f"{shlex.join(words)}: exit status {done.returncode} instead of {status}: {done.stdout}")
-        return done.stdout
-
-    def root(self, *words: str, status: int = 0) -> str:
-        """Run a command as root: through sudo, if we are not."""
-        if os.geteuid() == 0:
-            return self.host(*words, status=status)
-        # sudo looks for programs in its own PATH, where a .venv is not.
-        return self.host("sudo", shutil.which(words[0]) or words[0], *words[1:], status=status)
+            raise StoryFailed(f"{command}: exit status {done.returncode} instead of {status}: {done.stdout}")
+        return str(done.stdout)
 
     def guest(self, machine: Machine, command: str) -> str:
         """Run a command in the guest."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from tests.support import bootimage, lacking, need
-from tests.support.mounts import need_fuse
+from tests.support.mounts import Person, need_fuse, ordinary_user
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,3 +27,10 @@ def root() -> None:
     """Skip (in CI: fail) where loop devices cannot be mounted."""
     if os.geteuid() != 0:
         lacking("a loop mount needs root")
+
+
+@pytest.fixture
+def ordinary(tmp_path: Path) -> Person:
+    """Return an ordinary user, who may pass through the test's directory."""
+    tmp_path.chmod(0o711)
+    return ordinary_user()

@@ -6,18 +6,26 @@ Evidence: a chosen scenario on a real virtual machine; QEMU's own locks and `qem
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import call, mounted, qemu
+from tests.support import need
+from tests.support.mounts import Person, call, launcher, mounted, qemu, shell
 from tests.support.vm import Machine, MachineError
 
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
+ATTEMPTS = 'wc -c <"$1/disk/gone"; cat "$1/disk/etc/shadow" 2>/dev/null || echo refused'  # what another user tries
+WARNING = (
+    "qcowfs: warning: {}: current.raw is left out: another process has the image open for writing; "
+    "--live shows it as it is at each read\n"
+)
 
 
 def write(machine: Machine, letter: str, place: int = 0) -> None:
@@ -108,6 +116,97 @@ def test_a_layer_that_the_machine_no_longer_writes_is_shown_whole(
 
     assert ["before.raw", "current.raw", "latest.raw"] == names
     assert b"B" == letter
+
+
+@pytest.fixture
+def frozen(machine: Machine, tmp_path: Path) -> tuple[Path, str]:
+    """Let the machine write files and be snapshotted, with its file system mounted; return the overlay, and a checksum.
+
+    Since then it has deleted one of the files, and written another.
+    """
+    machine.run("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && mkdir /mnt/etc")
+    machine.run("echo hunter2 >/mnt/etc/shadow && chmod 600 /mnt/etc/shadow")
+    machine.run("head -c 3000000 /dev/urandom >/mnt/gone && sync")
+    checksum = machine.run("sha256sum /mnt/gone").split()[0]
+    overlay = tmp_path / "overlay.qcow2"
+    machine.qmp("blockdev-snapshot-sync", device="disk0", snapshot_file=str(overlay), format="qcow2")
+    machine.run("rm /mnt/gone && echo later >/mnt/later && sync")
+    return overlay, checksum
+
+
+def test_files_of_a_running_machines_frozen_layer_are_shown(
+    machine: Machine, frozen: tuple[Path, str], target: Path
+) -> None:
+    """The layer was frozen with a journal that is not empty; the machine writes on meanwhile, and never notices."""
+    overlay, checksum = frozen
+
+    with mounted(overlay, target):
+        names = sorted(os.listdir(target))
+        recovery = os.getxattr(target / "disk", "user.qcowfs.recovery")
+        before = sorted(os.listdir(target / "disk"))
+        machine.run("head -c 3000000 /dev/urandom >/mnt/more && rm /mnt/later && sync")
+        read = hashlib.sha256((target / "disk" / "gone").read_bytes()).hexdigest()
+        after = sorted(os.listdir(target / "disk"))
+
+    assert machine.run("ls -A /mnt").split() == ["etc", "lost+found", "more"]
+    assert names == ["disk", "disk.raw", "disk@before.raw", "latest.raw"]
+    assert recovery.startswith(b"jbd2: ")
+    assert before == after == ["etc", "gone", "lost+found"]
+    assert read == checksum
+
+
+def test_whoever_mounts_reads_all_files_and_others_what_modes_let_them(
+    frozen: tuple[Path, str], target: Path, ordinary: Person
+) -> None:
+    if ordinary.is_me:
+        pytest.skip("needs root")
+    overlay, _checksum = frozen
+
+    with mounted(overlay, target, "--allow-other") as mount:
+        mine = shell('cat "$1/disk/etc/shadow"', mount.path)
+        theirs = shell(ATTEMPTS, mount.path, person=ordinary)
+
+    assert mine == "hunter2\n"
+    assert theirs.splitlines() == ["3000000", "refused"]
+
+
+def test_modes_bind_even_an_ordinary_user_who_lets_others_in(
+    frozen: tuple[Path, str], target: Path, ordinary: Person
+) -> None:
+    """Where /etc/fuse.conf lets them: in a namespace of its own, the machine's file stays as it is."""
+    need("unshare", "setpriv")
+    if ordinary.is_me:
+        pytest.skip("needs root")
+    overlay, _checksum = frozen
+    ordinary.own(target)
+    conf = target.with_name("fuse.conf")
+    conf.write_text("user_allow_other\n")
+    become = [
+        "setpriv",
+        "--reuid",
+        str(ordinary.uid),
+        "--regid",
+        str(ordinary.gid),
+        "--clear-groups",
+        *launcher(ordinary),
+    ]
+    steps = f"""
+        mount --bind "$1" /etc/fuse.conf; overlay=$2; target=$3; shift 3
+        "$@" mount --allow-other "$overlay" "$target"
+        trap '"$@" umount "$target"' EXIT
+        cat "$target/disk/etc/shadow"
+        setpriv --reuid 65533 --regid 65533 --clear-groups sh -c '{ATTEMPTS}' sh "$target"
+    """
+
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-euc", steps, "sh", conf, overlay, target, *become],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert (0, "") == (done.returncode, done.stderr.replace(WARNING.format(overlay), ""))
+    assert ["hunter2", "3000000", "refused"] == done.stdout.splitlines()
 
 
 def test_a_machine_does_not_start_on_a_mounted_image_but_after_it(image: Path, target: Path, tmp_path: Path) -> None:

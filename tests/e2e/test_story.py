@@ -19,7 +19,9 @@ import pytest
 
 from demo.story import SNAPSHOT, Story
 from demo.transcript import Transcript
-from tests.support.mounts import mounted, qemu, script
+from tests.support.guests import loop_mounted
+from tests.support.mounts import Person, mounted, qemu, script, shell
+from tests.support.trees import describe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("root")]
 
@@ -73,9 +75,10 @@ def test_every_point_of_the_story_is_listed(image: Path) -> None:
 
 
 def test_the_mount_shows_what_list_says(image: Path, points: Path) -> None:
+    paths = {point["path"] for point in listed(image)}
     files = {path.name for path in points.iterdir() if not path.is_symlink()}
 
-    assert {point["path"] for point in listed(image)} == files
+    assert paths | {path.removesuffix(".raw") for path in paths} == files
 
 
 def test_the_deleted_file_is_read_back_from_before_its_deletion(story: Story, points: Path, tmp_path: Path) -> None:
@@ -90,6 +93,39 @@ def test_the_points_after_the_deletion_hold_the_other_file(points: Path, tmp_pat
 
     assert ["data2.dat"] == list(now)
     assert now == after
+
+
+@pytest.mark.parametrize("point", ["current", SNAPSHOT, "data"])
+def test_the_files_are_what_the_kernel_shows_after_recovery(points: Path, tmp_path: Path, point: str) -> None:
+    """The kernel gets a copy that it may write: it replays the journal, as at the guest's next boot."""
+    copy = tmp_path / "copy.raw"
+    shell('cp --sparse=always "$1" "$2"', points / f"{point}.raw", copy)
+
+    with loop_mounted(copy, "noatime") as kernel:
+        assert describe(kernel) == describe(points / point)
+
+
+def test_an_ordinary_user_restores_the_deleted_file_with_cp(
+    story: Story, image: Path, ordinary: Person, tmp_path: Path
+) -> None:
+    """No root, no loop device; and what is not there at a point is not there."""
+    image.parent.chmod(0o711)
+    (tmp_path / "mnt").mkdir()
+    ordinary.own(tmp_path / "mnt")
+    ordinary.own(tmp_path)
+
+    with mounted(image, tmp_path / "mnt", person=ordinary) as mount:
+        shell('cp "$1/data/data1.dat" "$2"', mount.path, tmp_path / "restored.dat", person=ordinary)
+        listed = shell('cd "$1"; ls -A data current "$2"', mount.path, SNAPSHOT, person=ordinary)
+        different = shell('diff -rq "$1/current" "$1/$2"', mount.path, SNAPSHOT, person=ordinary)
+
+    assert hashlib.sha256((tmp_path / "restored.dat").read_bytes()).hexdigest() == story.checksum
+    assert listed.split() == [
+        *(f"{SNAPSHOT}:", "data2.dat", "lost+found"),
+        *("current:", "data2.dat", "lost+found"),
+        *("data:", "data1.dat", "lost+found"),
+    ]
+    assert different == ""
 
 
 @pytest.mark.parametrize(
@@ -112,6 +148,7 @@ def test_qemu_reads_the_same_bytes(
 
 def test_the_demo_tells_the_story_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transcript ends with exit code 0; the mounts and the files are gone."""
+    tmp_path.chmod(0o711)
     script(tmp_path / "qcowfs")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -122,5 +159,6 @@ def test_the_demo_tells_the_story_and_leaves_nothing(tmp_path: Path, monkeypatch
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert "The same checksum as in the guest" in done.stdout
+    assert "nobody$ cp points/data/data1.dat restored.dat" in done.stdout
     assert ["qcowfs"] == [path.name for path in tmp_path.iterdir()]
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()

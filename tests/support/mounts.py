@@ -151,6 +151,11 @@ def me() -> Person:
     return _person(pwd.getpwuid(os.geteuid()))
 
 
+def nobody() -> Person:
+    """Return the ordinary user that every machine has."""
+    return _person(pwd.getpwnam("nobody"))
+
+
 def _person(entry: pwd.struct_passwd) -> Person:
     return Person(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
 
@@ -162,7 +167,7 @@ def ordinary_user() -> Person:
         lacking("/dev/fuse: not for ordinary users; `make setup` gives it mode 0666, as udev does")
     if os.geteuid() != 0:
         return me()
-    person = _person(pwd.getpwnam("nobody"))
+    person = nobody()
     if not interpreter(person):
         lacking(f"the user {person.name} cannot run any Python that can import this checkout")
     return person
