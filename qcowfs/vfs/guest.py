@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ PAGE = 64 << 10  # bytes of entries that are asked for at once: some 300, of whi
 TRUSTED = b"trusted."  # attributes that only root may see, says xattr(7)
 # Faults of who asks, not of what is asked.
 SILENT = frozenset((errno.ENOENT, errno.ENODATA, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ESTALE))
+ERROR = struct.Struct("<I")  # the last field of record.INODE
 SECOND = 1_000_000_000  # nanoseconds
 NUMBERS = (1 << INODE_BITS) - 1
 
@@ -150,8 +152,8 @@ class Guest:
                     raise
                 return None
             found = self._shown(self._nodes.inode(self.base, tree.stat(ino)))
-            if self._depths is not None:
-                self._depths.learn(number, found.ino)
+            if self._depths is not None and not self._depths.learn(number, found.ino, found.mode):
+                raise TreeFault(tree.name, f"inode {ino}: a directory that is in two places", errno.EIO)
             return found
 
     def page(self, number: int, cookie: int) -> bytes:
@@ -165,10 +167,17 @@ class Guest:
         """
         with self._reported():
             page = self._nodes.page(self.base, self._opened().entries(self._ino(number), cookie, PAGE))
-            if self._depths is not None:
-                for entry in _unpacked(page):
-                    self._depths.learn(number, entry.attributes.ino)
-            return page
+            return page if self._depths is None else self._learned(self._depths, number, page)
+
+    def _learned(self, depths: Depths, number: int, page: bytes) -> bytes:
+        """Note which links and directories are in a directory; return its page, errors where `lookup` raises one."""
+        learned = bytearray(page)
+        place = 0
+        for entry in _unpacked(page):
+            if not depths.learn(number, entry.attributes.ino, entry.attributes.mode):
+                ERROR.pack_into(learned, place + ENTRY.size + INODE.size - ERROR.size, errno.EIO)
+            place += ENTRY.unpack_from(page, place)[3]
+        return bytes(learned)
 
     def readlink(self, number: int) -> bytes:
         """Return the target of a symbolic link, as it is stored or contained."""

@@ -8,13 +8,15 @@ again, and never further up.
 from __future__ import annotations
 
 import errno
+import stat
 import threading
 
 from qcowfs.errors import TreeFault
 
 __all__ = ["Depths", "contained"]
 
-MAX_DEPTHS = 1 << 16  # inodes whose place is remembered; who follows a link has just looked it up
+MAX_PLACES = 1 << 18  # directories and links of one tree whose place is remembered: 40 MB; a usual guest has a fifth
+UNKNOWN = -1  # instead of a depth
 
 
 def contained(target: bytes, depth: int) -> bytes:
@@ -39,36 +41,48 @@ def contained(target: bytes, depth: int) -> bytes:
 
 
 class Depths:
-    """How far below the tree's root the directories are that hold what was looked up. Any thread.
+    """How far below the tree's root what was told of it is, so that no link is told to lead further up. Any thread.
+
+    The kernel keeps what it was told for as long as it likes, and so does this: a place that was forgotten could be
+    learned again as a deeper one, and the kernel would follow a link from the upper one to outside of the tree. For
+    the same reason a directory has one place only; no file system allows it two, but an image may.
 
     Args:
         root: the number of the tree's root.
     """
 
     def __init__(self, root: int) -> None:
-        self._root = root
         self._lock = threading.Lock()
-        self._above: dict[int, int] = {}  # number of an inode: the depth of the uppermost directory that it is in
+        self._directories = {root: 0}  # number: depth
+        self._parents = {root: 0}  # the same numbers: the directory that each is in
+        self._links: dict[int, int] = {}  # number: depth of the uppermost directory that it is in, or UNKNOWN
 
-    def learn(self, directory: int, number: int) -> None:
-        """Note that `number` is in `directory`. Of two places the upper one counts, so that no link leads too far."""
-        depth = self._depth(directory)
+    def learn(self, directory: int, number: int, mode: int) -> bool:
+        """Note that `number` is in `directory`; return whether anybody may be told so.
+
+        Of two places of a link the upper one counts. False: a directory that is in another one already.
+        """
         with self._lock:
-            known = self._above.pop(number, depth)
-            if len(self._above) >= MAX_DEPTHS:
-                self._above.pop(next(iter(self._above)))
-            self._above[number] = min(known, depth)
+            depth = self._directories.get(directory, UNKNOWN)
+            if stat.S_ISLNK(mode) and (number in self._links or self._has_room()):
+                self._links[number] = min(self._links.get(number, depth), depth)
+            if not stat.S_ISDIR(mode):
+                return True
+            if number not in self._parents and depth != UNKNOWN and self._has_room():
+                self._directories[number] = depth + 1
+                self._parents[number] = directory
+            return self._parents.get(number, directory) == directory
 
     def of(self, link: int) -> int:
         """Return the depth of the directory that `link` is in.
 
         Raises:
-            TreeFault: ESTALE, it was forgotten; the kernel then looks the whole path up again, and asks once more.
+            TreeFault: EMLINK, there are too many directories and links to know.
         """
-        found = self._above.get(link)
-        if found is None:
-            raise TreeFault("", "where this link is has to be looked up again", errno.ESTALE)
+        found = self._links.get(link, UNKNOWN)
+        if found == UNKNOWN:
+            raise TreeFault("", "too many directories and links were seen to contain this one", errno.EMLINK)
         return found
 
-    def _depth(self, directory: int) -> int:
-        return 0 if directory == self._root else self.of(directory) + 1
+    def _has_room(self) -> bool:
+        return len(self._directories) + len(self._links) < MAX_PLACES

@@ -256,6 +256,27 @@ def test_links_are_text_unless_they_shall_be_contained(
         assert sorted(os.listdir(deep / "to-root")) == sorted(os.listdir(target / "current"))
 
 
+@PLANES
+def test_a_directory_in_two_places_does_not_lead_a_contained_link_out(
+    states: tuple[Path, Path], target: Path, tmp_path: Path, more: list[str]
+) -> None:
+    raw = tmp_path / "disk.raw"
+    shutil.copy(states[0], raw)
+    with loop_mounted(raw) as root:
+        (root / "deep" / "er" / "and" / "twice").mkdir()
+        (root / "deep" / "er" / "and" / "twice" / "link").symlink_to("/etc/fstab")
+    run("debugfs", "-w", "-R", "link /deep/er/and/twice /twice", raw)
+    with mounted(raw, target, "--image-format", "raw", "-o", "symlinks=contain", *more):
+        top = target / "current"
+        assert (top / "deep" / "er" / "and" / "twice" / "link").read_text() == "first\n"
+        with pytest.raises(OSError, match="Input/output error"):
+            os.listdir(top / "twice")
+        assert "twice" in os.listdir(top)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.readlink(top / "twice" / "link")
+        assert (top / "deep" / "er" / "and" / "twice" / "link").read_text() == "first\n"
+
+
 def test_a_journal_is_replayed_unless_it_shall_not_be(target: Path, tmp_path: Path) -> None:
     image = crash(tmp_path, Kind("mounted", ("-t", "ext4"), steps=300), 7)
     recovered = tmp_path / "recovered"

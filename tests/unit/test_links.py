@@ -11,6 +11,7 @@ from qcowfs.vfs import links
 from qcowfs.vfs.links import Depths, contained
 
 ROOT = 1 << 40
+DIRECTORY, LINK = 0o040755, 0o120777
 
 
 @pytest.mark.parametrize(
@@ -52,29 +53,63 @@ def test_no_target_leads_out(seed: int) -> None:
 
 def test_a_depth_is_learned_from_lookups() -> None:
     depths = Depths(ROOT)
-    depths.learn(ROOT, ROOT | 5)
-    depths.learn(ROOT | 5, ROOT | 6)
-    depths.learn(ROOT | 6, ROOT | 7)
+    assert depths.learn(ROOT, ROOT | 5, DIRECTORY)
+    assert depths.learn(ROOT | 5, ROOT | 6, DIRECTORY)
+    for directory, link in ((ROOT, 7), (ROOT | 5, 8), (ROOT | 6, 9)):
+        assert depths.learn(directory, ROOT | link, LINK)
 
-    assert [depths.of(ROOT | number) for number in (5, 6, 7)] == [0, 1, 2]
+    assert [depths.of(ROOT | number) for number in (7, 8, 9)] == [0, 1, 2]
 
 
 def test_of_two_places_the_upper_one_counts() -> None:
     depths = Depths(ROOT)
-    depths.learn(ROOT, ROOT | 5)
-    depths.learn(ROOT | 5, ROOT | 7)
-    depths.learn(ROOT, ROOT | 7)
-    depths.learn(ROOT | 5, ROOT | 7)
+    depths.learn(ROOT, ROOT | 5, DIRECTORY)
+    for directory in (ROOT | 5, ROOT, ROOT | 5):
+        depths.learn(directory, ROOT | 7, LINK)
 
     assert depths.of(ROOT | 7) == 0
 
 
-def test_what_was_forgotten_has_to_be_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "MAX_DEPTHS", 2)
+def test_no_place_is_ever_forgotten_and_learned_again_as_a_deeper_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "MAX_PLACES", 4)
     depths = Depths(ROOT)
-    for number in (5, 6, 7):
-        depths.learn(ROOT, ROOT | number)
+    depths.learn(ROOT, ROOT | 5, DIRECTORY)
+    for number in (10, 11, 12, 13):
+        depths.learn(ROOT, ROOT | number, LINK)
+        depths.learn(ROOT | 5, ROOT | number, LINK)
+
+    assert depths.of(ROOT | 10) == depths.of(ROOT | 11) == 0
+    with pytest.raises(TreeFault):
+        depths.of(ROOT | 12)
+
+
+def test_a_link_that_is_also_where_nobody_knows_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "MAX_PLACES", 3)
+    depths = Depths(ROOT)
+    depths.learn(ROOT, ROOT | 5, DIRECTORY)
+    depths.learn(ROOT | 5, ROOT | 7, LINK)
+    assert depths.learn(ROOT, ROOT | 6, DIRECTORY)  # one too many
+    depths.learn(ROOT | 6, ROOT | 7, LINK)
 
     with pytest.raises(TreeFault):
-        depths.of(ROOT | 5)
-    assert depths.of(ROOT | 6) == depths.of(ROOT | 7) == 0
+        depths.of(ROOT | 7)
+
+
+def test_a_directory_has_one_place() -> None:
+    depths = Depths(ROOT)
+    for directory, number in ((ROOT, 5), (ROOT | 5, 6), (ROOT | 6, 7)):
+        assert depths.learn(directory, ROOT | number, DIRECTORY)
+
+    assert depths.learn(ROOT | 6, ROOT | 7, DIRECTORY)
+    for directory, number in ((ROOT, 7), (ROOT | 7, 5), (ROOT | 5, 5), (ROOT | 5, 0)):
+        assert not depths.learn(directory, ROOT | number, DIRECTORY)
+
+
+def test_files_take_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "MAX_PLACES", 2)
+    depths = Depths(ROOT)
+    for number in range(10, 20):
+        assert depths.learn(ROOT, ROOT | number, 0o100644)
+    depths.learn(ROOT, ROOT | 7, LINK)
+
+    assert depths.of(ROOT | 7) == 0
