@@ -25,6 +25,7 @@ from qcowfs.inside.reader import Reader, Unreadable
 from qcowfs.inside.readers import open_reader
 from qcowfs.inside.record import ENTRY, INODE, Inode
 from tests.support import lacking, need
+from tests.support.crash import mounted
 from tests.support.forgefat import Exfat, Fat, Memory
 
 RUNS = int(os.environ.get("QCOWFS_MUTATIONS", "400"))
@@ -52,22 +53,12 @@ def ntfs(path: Path) -> bytes:
     need("mkntfs", "ntfs-3g", "losetup")
     if os.geteuid() != 0:
         lacking("loop devices and mounts need root")
-    image, root = path / "image", path / "mnt"
+    image = path / "image"
     image.touch()
-    root.mkdir()
     os.truncate(image, 4 << 20)
     subprocess.run(["mkntfs", "-F", "-Q", "-q", "-c", "1024", str(image)], check=True, capture_output=True)
-    loop = subprocess.run(["losetup", "-f", "--show", str(image)], check=True, capture_output=True, text=True)
-    try:
-        subprocess.run(
-            ["ntfs-3g", "-o", "compression,streams_interface=xattr", loop.stdout.strip(), str(root)], check=True
-        )
-        try:
-            fill(root)
-        finally:
-            subprocess.run(["umount", str(root)], check=True)
-    finally:
-        subprocess.run(["losetup", "-d", loop.stdout.strip()], check=True)
+    with mounted(image, "compression,streams_interface=xattr", "ntfs-3g") as root:
+        fill(root)
     return image.read_bytes()
 
 
