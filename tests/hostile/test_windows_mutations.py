@@ -25,11 +25,12 @@ from qcowfs.inside.reader import Reader, Unreadable
 from qcowfs.inside.readers import open_reader
 from qcowfs.inside.record import ENTRY, INODE, Inode
 from tests.support import lacking, need
+from tests.support.crash import mounted
 from tests.support.forgefat import Exfat, Fat, Memory
 
 RUNS = int(os.environ.get("QCOWFS_MUTATIONS", "400"))
 WORKER_RUNS = 40
-SECONDS = 8  # of one walk
+SECONDS = 8  # of processor time, of one walk
 MOST_FILES = 3000
 TREE = {
     "empty": b"",
@@ -52,22 +53,12 @@ def ntfs(path: Path) -> bytes:
     need("mkntfs", "ntfs-3g", "losetup")
     if os.geteuid() != 0:
         lacking("loop devices and mounts need root")
-    image, root = path / "image", path / "mnt"
+    image = path / "image"
     image.touch()
-    root.mkdir()
     os.truncate(image, 4 << 20)
     subprocess.run(["mkntfs", "-F", "-Q", "-q", "-c", "1024", str(image)], check=True, capture_output=True)
-    loop = subprocess.run(["losetup", "-f", "--show", str(image)], check=True, capture_output=True, text=True)
-    try:
-        subprocess.run(
-            ["ntfs-3g", "-o", "compression,streams_interface=xattr", loop.stdout.strip(), str(root)], check=True
-        )
-        try:
-            fill(root)
-        finally:
-            subprocess.run(["umount", str(root)], check=True)
-    finally:
-        subprocess.run(["losetup", "-d", loop.stdout.strip()], check=True)
+    with mounted(image, "compression,streams_interface=xattr", "ntfs-3g") as root:
+        fill(root)
     return image.read_bytes()
 
 
@@ -164,19 +155,20 @@ def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_damage_ends_in_an_error_at_worst(volume: tuple[str, bytes, list[int]]) -> None:
     kind, data, places = volume
     survived = 0
+    signal.signal(signal.SIGPROF, signal.default_int_handler)
     for seed in range(RUNS):
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             with contextlib.suppress(Unreadable):
                 survived += walk(open_reader(kind, Memory(changed(data, places, seed)), recover=True), 0) > 1
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {error!r}") from error
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         if seed % 8 == 0:
             gc.collect()  # a reader and what it holds refer to each other, and each has an image of some MB
 
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     assert survived > RUNS // 10
 
 

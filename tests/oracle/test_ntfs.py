@@ -5,7 +5,6 @@ Evidence: seeded trees; QCOWFS_NTFS_SEED is the seed.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -24,7 +23,7 @@ from qcowfs.inside.launcher import Launcher
 from qcowfs.inside.mft import mended
 from qcowfs.inside.readers import open_reader
 from tests.support import guesttree, lacking, need
-from tests.support.crash import FileDevice
+from tests.support.crash import FileDevice, mounted
 from tests.support.readertree import describe_reader, listing
 from tests.support.trees import describe
 
@@ -56,29 +55,12 @@ SYMLINK, JUNCTION, LINUX, CLOUD, WOF = (
 )  # tags of reparse points
 
 
-@contextlib.contextmanager
-def mounted(image: Path, options: str) -> Iterator[Path]:
-    point = image.with_name(f"{image.name}.mnt")
-    point.mkdir()
-    find = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
-    loop = find.stdout.strip()
-    try:
-        subprocess.run(["ntfs-3g", "-o", options, loop, str(point)], check=True, capture_output=True)
-        try:
-            yield point
-        finally:
-            subprocess.run(["umount", str(point)], check=True)
-    finally:
-        subprocess.run(["losetup", "--detach", loop], check=True)
-        point.rmdir()
-
-
 def make(image: Path, kind: str, change: Callable[[Path], None]) -> Path:
     """Return `image`, a new file system of `kind` whose root was given to `change`."""
     image.touch()
     os.truncate(image, SIZE)
     subprocess.run(["mkntfs", "-F", "-Q", "-q", *KINDS[kind], str(image)], check=True, capture_output=True)
-    with mounted(image, OPTIONS) as root:
+    with mounted(image, OPTIONS, "ntfs-3g") as root:
         change(root)
     return image
 
@@ -203,7 +185,7 @@ def data_attribute(image: Path, number: int) -> int:
 
 
 def as_shown(image: Path) -> dict[bytes, Any]:
-    with mounted(image, f"ro,{OPTIONS}") as root:
+    with mounted(image, f"ro,{OPTIONS}", "ntfs-3g") as root:
         return describe(root)
 
 
@@ -302,7 +284,7 @@ def test_what_windows_compresses_of_its_own_is_unpacked(tmp_path: Path) -> None:
 
 def test_an_encrypted_file_is_refused(tmp_path: Path) -> None:
     image = make(tmp_path / "image", "default", lambda root: (root / "file").write_bytes(b"e" * 5000))
-    with mounted(image, OPTIONS) as root:
+    with mounted(image, OPTIONS, "ntfs-3g") as root:
         number = (root / "file").stat().st_ino
     patch(image, data_attribute(image, number) + 12, struct.pack("<H", 0x4000))
     reader = open_reader("ntfs", FileDevice(image), recover=True)

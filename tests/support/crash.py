@@ -45,14 +45,18 @@ class FileDevice:
 
 
 @contextlib.contextmanager
-def mounted(image: Path, options: str = "rw") -> Iterator[Path]:
-    """Mount `image` on a loop device, which is writable even if the mount is not: so recovery can write."""
+def mounted(image: Path, options: str = "rw", program: str = "mount") -> Iterator[Path]:
+    """Mount `image` on a loop device, which is writable even if the mount is not: so recovery can write.
+
+    Args:
+        program: takes arguments as mount(8) does: "ntfs-3g", for one.
+    """
     point = image.with_name(f"{image.name}.mnt")
     point.mkdir()
     find = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
     loop = find.stdout.strip()
     try:
-        subprocess.run(["mount", "-o", options, loop, str(point)], check=True, capture_output=True)
+        subprocess.run([program, "-o", options, loop, str(point)], check=True, capture_output=True)
         try:
             yield point
         finally:
