@@ -217,7 +217,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         file = self._opened[fh]
         try:  # not @translated: one more coroutine on the hot path
-            if isinstance(file, GuestFile) and file.disk is None:
+            if isinstance(file, GuestFile) and file.made:
                 return await self._ask(file.read, off, size)
             return file.read(off, size)
         except Exception as error:

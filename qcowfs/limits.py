@@ -74,6 +74,7 @@ INSIDE_ANSWER = 4 << 20  # bytes of one answer: the 1 MiB of a read, or all exte
 INSIDE_ERROR = 300  # bytes of an error's text, which may hold names of the volume
 INSIDE_EXTENTS = 65536  # extents of one answer
 MAX_FILE_EXTENTS = 1 << 20  # of one file that is read: 32 MiB of runs
+MAX_FILE_QUESTIONS = 256  # for the extents of one file: each may cover little, if there are many blocks to look at
 MAX_FILE_INLINE = 4 << 20  # bytes of one file that its reader tells instead of a place: tails, and what a journal holds
 MAX_EXT_DIRECTORY = 1 << 30  # bytes of one ext directory: 16 million names or more; to look through it takes seconds
 EXT_BLOCKS = 8 << 20  # bytes of blocks that are held beside those of 64 KiB: inodes are not asked for in order

@@ -14,12 +14,30 @@ from qcowfs.inside.client import Tree
 from qcowfs.inside.reader import INLINE, Extents
 from qcowfs.inside.record import EXTENT
 
-__all__ = ["file_disk"]
-
-PAGES = limits.MAX_FILE_EXTENTS // limits.INSIDE_EXTENTS
+__all__ = ["Broken", "file_disk"]
 
 
-def file_disk(tree: Tree, volume: Mapped, ino: int, size: int) -> Mapped | None:
+class Broken:
+    """A regular file of which only the beginning can be read: where the rest is stored cannot be told."""
+
+    def __init__(self, beginning: Mapped, size: int, fault: TreeFault) -> None:
+        self._beginning = beginning
+        self._fault = fault
+        self.virtual_size = size
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes at `offset`, fewer only at the end of the file.
+
+        Raises:
+            QcowfsError: not all of them can be read.
+        """
+        length = max(0, min(length, self.virtual_size - offset))
+        if length and offset + length > self._beginning.virtual_size:
+            raise self._fault
+        return self._beginning.pread(offset, length)
+
+
+def file_disk(tree: Tree, volume: Mapped, ino: int, size: int) -> Mapped | Broken | None:
     """Return the bytes of a regular file; None if it is not stored as it is, and `tree.read` makes its bytes.
 
     Args:
@@ -29,26 +47,39 @@ def file_disk(tree: Tree, volume: Mapped, ino: int, size: int) -> Mapped | None:
         size: bytes of the file.
 
     Raises:
-        TreeFault: its extents cannot be told, or contradict each other, the volume or `size`.
+        TreeFault: not even where it begins can be told, or its extents contradict each other, the volume or `size`.
     """
     packed: list[bytes] = []
     inline = bytearray()
     place = 0
-    while place < size:
-        found = tree.extents(ino, place, limits.INSIDE_EXTENTS)
+    fault: TreeFault | None = None
+    while place < size and fault is None:
+        try:
+            found = tree.extents(ino, place, limits.INSIDE_EXTENTS)
+        except TreeFault as error:
+            if not place:
+                raise
+            fault = error
+            continue
         if found is None and not packed:
             return None
         if found is None or not place < found.end <= size or len(inline) + len(found.inline) > limits.MAX_FILE_INLINE:
             raise _damaged(tree, ino)
-        if len(packed) == PAGES:
-            raise TreeFault(tree.name, f"inode {ino}: the file is in too many pieces", errno.EFBIG)
+        _check_count(tree, ino, packed, found)
         packed.append(_packed(found, len(inline)))
         inline += found.inline
         place = found.end
     try:
-        return volume.part(size, b"".join(packed), bytes(inline))
+        disk = volume.part(place, b"".join(packed), bytes(inline))
     except ValueError as error:
         raise _damaged(tree, ino) from error
+    return disk if fault is None else Broken(disk, size, fault)
+
+
+def _check_count(tree: Tree, ino: int, packed: list[bytes], found: Extents) -> None:
+    count = sum(map(len, packed)) // EXTENT.size + len(found.extents)
+    if count > limits.MAX_FILE_EXTENTS or len(packed) == limits.MAX_FILE_QUESTIONS:
+        raise TreeFault(tree.name, f"inode {ino}: the file is in too many pieces", errno.EFBIG)
 
 
 def _packed(found: Extents, before: int) -> bytes:

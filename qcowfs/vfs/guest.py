@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError, TreeFault, printable
 from qcowfs.inside.record import ENTRY, EXTENT, INODE, INODE_BITS, UNMAPPED, Inode
 from qcowfs.vfs.faults import FaultLog
@@ -23,9 +24,9 @@ from qcowfs.vfs.node import Attributes, Directory, Node, Place
 from qcowfs.vfs.xattrs import PREFIX
 
 if TYPE_CHECKING:
-    from qcowfs._mapped import Mapped
     from qcowfs._nodes import Nodes
     from qcowfs.inside.client import Tree
+    from qcowfs.inside.guestfile import Broken
 
 __all__ = ["Entry", "Guest", "GuestFile", "GuestListing", "GuestRoot", "Presentation"]
 
@@ -219,8 +220,8 @@ class Guest:
             attributes = self.attributes(number)
             if attributes.mode & 0o170000 != 0o100000:
                 raise TreeFault(self._opened().name, f"inode {self._ino(number)}: not a file", errno.EINVAL)
-            disk = file_disk(self._opened(), self.volume, self._ino(number), attributes.size)
-            return GuestFile(self, number, attributes.size, disk)
+            stored = file_disk(self._opened(), self.volume, self._ino(number), attributes.size)
+            return GuestFile(self, number, attributes.size, stored)
 
     def read(self, number: int, offset: int, length: int) -> bytes:
         """Return bytes of a file that is not stored as it is, fewer only at its end."""
@@ -280,19 +281,25 @@ class GuestRoot(Node):
 class GuestFile:
     """An open file of a tree.
 
+    Args:
+        stored: its bytes; None: the tree's worker makes them.
+
     Attributes:
-        disk: its bytes; None: the tree's worker makes them.
+        made: the worker makes the bytes.
+        disk: the bytes, if the data plane can read them.
     """
 
-    __slots__ = ("_guest", "_number", "_size", "disk")
+    __slots__ = ("_guest", "_number", "_size", "_stored", "disk", "made")
 
     live = False
 
-    def __init__(self, guest: Guest, number: int, size: int, disk: Mapped | None) -> None:
+    def __init__(self, guest: Guest, number: int, size: int, stored: Mapped | Broken | None) -> None:
         self._guest = guest
         self._number = number
         self._size = size
-        self.disk = disk
+        self._stored = stored
+        self.made = stored is None
+        self.disk = stored if isinstance(stored, Mapped) else None
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes at `offset`, fewer only at the end of the file.
@@ -300,10 +307,10 @@ class GuestFile:
         Raises:
             QcowfsError: they cannot be read right. It is logged.
         """
-        if self.disk is None:
+        if self._stored is None:
             return self._guest.read(self._number, offset, max(0, min(length, self._size - offset)))
         try:
-            return self.disk.pread(offset, length)
+            return self._stored.pread(offset, length)
         except QcowfsError as fault:
             self.report(fault)
             raise

@@ -11,7 +11,7 @@ import pytest
 from qcowfs import limits
 from qcowfs._mapped import Mapped
 from qcowfs.errors import TreeFault
-from qcowfs.inside.guestfile import file_disk
+from qcowfs.inside.guestfile import Broken, file_disk
 from qcowfs.inside.reader import INLINE, Extents
 from qcowfs.inside.record import Extent
 from tests.support.volumes import mapped_file
@@ -90,6 +90,25 @@ def test_a_contradiction_is_a_fault(volume: Mapped, pages: dict[int, Extents | N
         file_disk(Told(pages), volume, 12, 100)
 
     assert errno.EIO == caught.value.errno
+
+
+class Torn(Told):
+    def extents(self, ino: int, offset: int, limit: int) -> Extents | None:
+        if offset == 50:
+            raise TreeFault(self.name, "a chain that breaks off", errno.EIO)
+        return super().extents(ino, offset, limit)
+
+
+def test_of_a_file_that_breaks_off_the_beginning_is_read(volume: Mapped) -> None:
+    disk = file_disk(Torn({0: Extents([Extent(0, 50, 256)], 50)}), volume, 12, 100)
+
+    assert isinstance(disk, Broken)
+    assert disk.virtual_size == 100
+    assert CONTENT[10:50] == disk.pread(10, 40)
+    assert disk.pread(100, 10) == b""
+    for offset, length in ((49, 2), (50, 1), (99, 100)):
+        with pytest.raises(TreeFault, match="a chain that breaks off"):
+            disk.pread(offset, length)
 
 
 def test_a_file_in_crumbs_ends_with_a_fault(volume: Mapped) -> None:
