@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 
 .PHONY: help
 help:  ## say what each target is for
-	@printf 'qcowfs: every snapshot in a qcow2 disk image, side by side, as read-only raw disks\n\n'
+	@printf 'qcowfs: every snapshot in a qcow2 disk image, side by side and read-only: the disks, and the files inside\n\n'
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup

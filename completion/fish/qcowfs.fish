@@ -59,7 +59,7 @@ complete -c qcowfs -f
 complete -c qcowfs -n _shtab_qcowfs_using -s h -l help -d 'show this help message and exit'
 complete -c qcowfs -n _shtab_qcowfs_using -l version -d 'show program'"'"'s version number and exit'
 complete -c qcowfs -n _shtab_qcowfs_using -l debug -d 'log more, and show tracebacks'
-complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a mount -d 'Show every point in time of an image as a file.'
+complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a mount -d 'Show every point in time of an image: its disk as a file, and the files inside.'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -s h -l help -d 'show this help message and exit'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'

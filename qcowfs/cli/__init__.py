@@ -29,15 +29,15 @@ VERBS = ("mount", "umount", "list", "ls", "cat", "info", "map")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing can meet, and all that is written is output
 
-DESCRIPTION = "Show every snapshot in a qcow2 disk image, side by side, as read-only raw disks."
+DESCRIPTION = "Show every snapshot in a qcow2 disk image, side by side and read-only: the disks, and the files inside."
 EXAMPLES = """\
 examples:
   qcowfs list image.qcow2                   which points in time the image holds
   qcowfs ls image.qcow2 NAME:p2/etc         look into one of them, without a mount
   qcowfs cat image.qcow2 NAME:p2/etc/fstab  and print a file
-  qcowfs mount image.qcow2 /mnt             show them all as /mnt/NAME.raw
-  sudo mount -o ro,loop /mnt/NAME.raw /a    look at the files of one of them
-  cmp /mnt/current.raw /mnt/NAME.raw        or give it to any tool that reads raw disks
+  qcowfs mount image.qcow2 /mnt             show them all: /mnt/NAME.raw, and the files inside in /mnt/NAME
+  cp -a /mnt/NAME/p2/etc/fstab .            give one file back
+  cmp /mnt/current.raw /mnt/NAME.raw        use any tool that reads raw disks
   qcowfs umount /mnt                        unmount, and wait until the image is free
 
 'qcowfs VERB --help' tells more about each; so does qcowfs(1).

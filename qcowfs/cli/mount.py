@@ -25,7 +25,7 @@ from qcowfs.vfs.guest import Presentation
 from qcowfs.vfs.names import SUFFIX
 from qcowfs.vfs.tree import ChainDisks, Tree
 
-HELP = "show every point in time of an image as a file"
+HELP = "show every point in time of an image: its disk as a file, and the files inside"
 
 # mount(8), EXIT STATUS
 MOUNT_USAGE = 1

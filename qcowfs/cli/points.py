@@ -52,7 +52,7 @@ def find_place(chain: Chain, text: str) -> tuple[str, Point, str]:
         found = _meant(chain, named, ":".join(words[:count]))
         if found is not None:
             return (*found, ":".join(words[count:]))
-    raise _not_found(chain, named, words[0])
+    raise _not_found(chain, named, words[0], _colon_hint(chain, named, words[0]))
 
 
 def _meant(chain: Chain, named: Sequence[tuple[str, Point]], text: str) -> tuple[str, Point] | None:
@@ -71,9 +71,21 @@ def _meant(chain: Chain, named: Sequence[tuple[str, Point]], text: str) -> tuple
     return None
 
 
-def _not_found(chain: Chain, named: Sequence[tuple[str, Point]], text: str) -> PointNotFound:
+def _colon_hint(chain: Chain, named: Sequence[tuple[str, Point]], text: str) -> str:
+    """Return what helps somebody who wrote POINT/PATH, as in a mount, or PATH alone; "" if neither is likely."""
+    point, slash, path = text.partition("/")
+    if not slash:
+        return ""
+    if _meant(chain, named, point):
+        return f"a colon stands between POINT and PATH: {printable(point)}:{printable(path)}"
+    return f"POINT comes before PATH: {named[0][0]}:{printable(text)}"
+
+
+def _not_found(chain: Chain, named: Sequence[tuple[str, Point]], text: str, hint: str = "") -> PointNotFound:
     near = difflib.get_close_matches(text, [name for name, _ in named], 3)
-    hint = f"did you mean {' or '.join(printable(name) for name in near)}?" if near else "qcowfs list shows the points"
+    if not hint:
+        nearest = " or ".join(printable(name) for name in near)
+        hint = f"did you mean {nearest}?" if near else "qcowfs list shows the points"
     return PointNotFound(
         chain.image, f"no point {printable(text)}", "not a name, an id or a snapshot's name", hint=hint
     )

@@ -263,6 +263,21 @@ def test_a_place_in_no_point_suggests_the_nearest(image: Path, capsys: pytest.Ca
         assert lines[1] == "hint: did you mean before-upgrade?"
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("before-upgrade/p1/x", "a colon stands between POINT and PATH: before-upgrade:p1/x"),
+        ("p1/etc", "POINT comes before PATH: current:p1/etc"),
+    ],
+)
+def test_a_path_as_in_a_mount_is_told_how_it_is_written(
+    image: Path, capsys: pytest.CaptureFixture[str], text: str, hint: str
+) -> None:
+    _code, lines = failure(capsys, "ls", image, text)
+
+    assert lines[1] == f"hint: {hint}"
+
+
 def test_a_time_that_no_calendar_has_is_seconds() -> None:
     """A guest may have set its clock to anything, and a hostile file system has 64 bits for it."""
     assert "1969-12-31T23:59:59.999999999Z" == output.utc_date(-1)
