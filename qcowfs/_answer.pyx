@@ -49,7 +49,7 @@ cdef const char* wrong_name(const char* name, size_t length) noexcept nogil:
 
 
 cdef const char* wrong_entry(
-    const char* at, uint64_t room, uint64_t cookie, uint64_t volume_size, uint64_t* length
+    const char* at, uint64_t room, uint64_t* cookie, uint64_t volume_size, uint64_t* length
 ) noexcept nogil:
     cdef entry_record_t entry
     cdef inode_record_t inode
@@ -65,8 +65,9 @@ cdef const char* wrong_entry(
         return "an entry's length"
     if entry.name_length == 0:
         return "a name that no file can have"
-    if entry.cookie == 0 or entry.cookie == cookie:
+    if entry.cookie <= cookie[0] or entry.cookie >> 63:
         return "an entry's cookie"
+    cookie[0] = entry.cookie
     length[0] = entry.length
     wrong = wrong_inode(&inode)
     if wrong == NULL:
@@ -75,14 +76,18 @@ cdef const char* wrong_entry(
 
 
 def check_entries(bytes body, uint64_t cookie, uint64_t volume_size):
-    """Raise ValueError unless `body` is nothing but entries, none of them with this cookie, all within the volume."""
+    """Raise ValueError unless `body` is nothing but entries, all within the volume.
+
+    Each cookie has to be larger than the one before it, the first one than `cookie`, so that a listing comes nearer to
+    an end; and none larger than loff_t, in which the kernel keeps it.
+    """
     cdef const char* at = body
     cdef uint64_t place = 0
     cdef uint64_t end = <uint64_t>len(body)
     cdef uint64_t length = 0
     cdef const char* wrong
     while place < end:
-        wrong = wrong_entry(at + place, end - place, cookie, volume_size, &length)
+        wrong = wrong_entry(at + place, end - place, &cookie, volume_size, &length)
         if wrong != NULL:
             raise ValueError((<bytes>wrong).decode())
         place += length

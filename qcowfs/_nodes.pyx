@@ -84,8 +84,9 @@ cdef class Nodes:
             raise ValueError("not one inode")
         memcpy(&inode, PyBytes_AS_STRING(record), sizeof(inode))
         adopt(tree, &inode)
-        with nogil:
-            keep(&self.c, tree, &inode, RECORD_UNMAPPED, NULL)
+        if not inode.error:
+            with nogil:
+                keep(&self.c, tree, &inode, RECORD_UNMAPPED, NULL)
         adopted = PyBytes_FromStringAndSize(<char*>&inode, sizeof(inode))
         return adopted
 
@@ -142,7 +143,7 @@ cdef void keep(
         extents = RECORD_UNMAPPED
     pthread_mutex_lock(&nodes.lock)
     slot = slot_of(nodes, inode.ino)
-    if slot.inode.ino == inode.ino and extents == RECORD_UNMAPPED:
+    if slot.inode.ino == inode.ino and slot.inode.size == inode.size and extents == RECORD_UNMAPPED:
         extents = slot.extents  # an inode that is asked for alone comes without its extents
     elif extents != RECORD_UNMAPPED:
         memcpy(slot.extent, at, extents * sizeof(extent_record_t))

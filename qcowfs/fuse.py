@@ -34,7 +34,7 @@ BLOCK_SIZE = 4096  # of statfs, and the preferred size of a read
 NAME_MAX = 255
 LISTING_SECONDS = 1.0  # that opening a directory waits for what is inside the points; a thousand take less
 MAX_LOOKS = 16  # names of points' directories that are looked into at once, all but a few waiting for their source
-MAX_INSIDE = 64  # requests to trees that are under way at once, all but a few waiting for one another
+MAX_ASKING = 2  # threads that ask one tree: it answers one after the other, and may be slow while others are not
 
 logger = logging.getLogger("qcowfs.fuse")
 
@@ -85,7 +85,7 @@ class Operations(pyfuse3.Operations):
         self._listings: dict[int, tuple[tuple[bytes, Node], ...] | GuestListing] = {}
         self._next_listing = 1
         self._looking = trio.CapacityLimiter(MAX_LOOKS)
-        self._inside = trio.CapacityLimiter(MAX_INSIDE)
+        self._asking: dict[Guest, trio.CapacityLimiter] = {}
         self._listing = trio.CapacityLimiter(1)
         self._counting = trio.CapacityLimiter(1)  # `DiskFile.count` is for one thread at a time
 
@@ -94,14 +94,14 @@ class Operations(pyfuse3.Operations):
     @translated
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if guest := await self._guest(parent_inode):
-            found = await self._ask(guest.lookup, parent_inode, name)
+            found = await self._ask(guest, guest.lookup, parent_inode, name)
             return _absent() if found is None else _entry(found)
         directory = self._directory(parent_inode)
         folder = self._tree.folder(directory, name)
         if folder is not None and not folder.resolved:
             await trio.to_thread.run_sync(folder.resolve, abandon_on_cancel=True, limiter=self._looking)
         node = self._tree.lookup(directory, name)
-        if isinstance(node, GuestRoot) and not await self._ask(node.guest.resolve):
+        if isinstance(node, GuestRoot) and not await self._ask(node.guest, node.guest.resolve):
             return _absent()
         # Opening and reading must not wait for a walk of tables; who wants st_blocks asks for attributes.
         return _absent() if node is None else _entry(node.listed())
@@ -109,13 +109,13 @@ class Operations(pyfuse3.Operations):
     @translated
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         if guest := await self._guest(inode):
-            return _entry(await self._ask(guest.attributes, inode))
+            return _entry(await self._ask(guest, guest.attributes, inode))
         return await self._counted(self._node(inode))
 
     @translated
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         if guest := await self._guest(inode):
-            return await self._ask(guest.readlink, inode)
+            return await self._ask(guest, guest.readlink, inode)
         node = self._node(inode)
         if not isinstance(node, Symlink):
             raise FUSEError(errno.EINVAL)
@@ -128,14 +128,14 @@ class Operations(pyfuse3.Operations):
         if not mode & os.X_OK:
             return True
         guest = await self._guest(inode)
-        found = (await self._ask(guest.attributes, inode)).mode if guest else self._node(inode).mode
+        found = (await self._ask(guest, guest.attributes, inode)).mode if guest else self._node(inode).mode
         # Whoever may look into the mount may look into each directory: that is what it is for.
         return stat.S_ISDIR(found) or bool(found & 0o111)
 
     @translated
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         if guest := await self._guest(inode):
-            return await self._ask(guest.xattr, inode, name)
+            return await self._ask(guest, guest.xattr, inode, name)
         value = self._tree.xattrs(self._node(inode)).get(name)
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
@@ -144,7 +144,7 @@ class Operations(pyfuse3.Operations):
     @translated
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         if guest := await self._guest(inode):
-            return await self._ask(functools.partial(guest.xattrs, privileged=ctx.uid == 0), inode)
+            return await self._ask(guest, functools.partial(guest.xattrs, privileged=ctx.uid == 0), inode)
         return list(self._tree.xattrs(self._node(inode)))
 
     @translated
@@ -189,7 +189,7 @@ class Operations(pyfuse3.Operations):
                 break
 
     async def _readdir_inside(self, listing: GuestListing, cookie: int, token: ReaddirToken) -> None:
-        while entries := await self._ask(listing.after, cookie):
+        while entries := await self._ask(listing.guest, listing.after, cookie):
             for entry in entries:
                 # Of what is damaged a name is all that is told; who wants more asks, and hears EIO.
                 attributes = _entry(entry.attributes, settled=entry.readable)
@@ -204,7 +204,7 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
         if guest := await self._guest(inode):
-            inside = await self._ask(guest.open, inode)
+            inside = await self._ask(guest, guest.open, inode)
             return self._attached(inside, inside.disk)
         node = self._file(inode)
         return self._attached(node, node.open())
@@ -218,7 +218,7 @@ class Operations(pyfuse3.Operations):
         file = self._opened[fh]
         try:  # not @translated: one more coroutine on the hot path
             if isinstance(file, GuestFile) and file.made:
-                return await self._ask(file.read, off, size)
+                return await self._ask(file.guest, file.read, off, size)
             return file.read(off, size)
         except Exception as error:
             raise FUSEError(_errno(error, "read")) from error
@@ -273,14 +273,15 @@ class Operations(pyfuse3.Operations):
         """Return the tree that an inode is in, opened; None if the inode is the mount's own."""
         guest = self._tree.guest(inode)
         if guest is not None and not guest.resolved:
-            await self._ask(guest.resolve)
+            await self._ask(guest, guest.resolve)
         if guest is not None and guest.attributes_of_root is None:
             raise FUSEError(errno.ENOENT)
         return guest
 
-    async def _ask(self, question: Callable[..., Result], *args: Any) -> Result:
+    async def _ask(self, guest: Guest, question: Callable[..., Result], *args: Any) -> Result:
         """Return what a tree answers; it may have to wait for its worker and its source."""
-        return await trio.to_thread.run_sync(question, *args, abandon_on_cancel=True, limiter=self._inside)
+        limiter = self._asking.setdefault(guest, trio.CapacityLimiter(MAX_ASKING))
+        return await trio.to_thread.run_sync(question, *args, abandon_on_cancel=True, limiter=limiter)
 
     async def _resolve(self, directory: Directory) -> None:
         """Find out what is in a directory; a source that does not answer must not keep anybody from listing it."""

@@ -51,7 +51,7 @@ def _inode(fields: tuple[Any, ...]) -> int:
 
 
 def entries(body: bytes, cookie: int, volume_size: int) -> bytes:
-    """Return `body` if it is nothing but entries of a directory, none with the `cookie` that was asked for."""
+    """Return `body` if it is nothing but entries of a directory that come after `cookie`."""
     check_entries(body, cookie, volume_size)
     return body
 

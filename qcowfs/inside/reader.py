@@ -72,8 +72,9 @@ class Reader(Protocol):
         """Return entries (record.pack_entry) of the directory `ino`, about `room` bytes of them, b"" after the last.
 
         Args:
-            cookie: 0 for the start, or that of the last entry before. Neither "." nor ".." are listed, nor names that
-                Linux cannot have (empty, with "/" or NUL, longer than 255 bytes).
+            cookie: 0 for the start, or that of the last entry before. Each entry's is larger than that of the one
+                before it, and less than 2 ** 63. Neither "." nor ".." are listed, nor names that Linux cannot have
+                (empty, with "/" or NUL, longer than 255 bytes).
         """
 
     def readlink(self, ino: int) -> bytes:

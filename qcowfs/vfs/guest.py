@@ -285,16 +285,17 @@ class GuestFile:
         stored: its bytes; None: the tree's worker makes them.
 
     Attributes:
+        guest: the tree.
         made: the worker makes the bytes.
         disk: the bytes, if the data plane can read them.
     """
 
-    __slots__ = ("_guest", "_number", "_size", "_stored", "disk", "made")
+    __slots__ = ("_number", "_size", "_stored", "disk", "guest", "made")
 
     live = False
 
     def __init__(self, guest: Guest, number: int, size: int, stored: Mapped | Broken | None) -> None:
-        self._guest = guest
+        self.guest = guest
         self._number = number
         self._size = size
         self._stored = stored
@@ -308,7 +309,7 @@ class GuestFile:
             QcowfsError: they cannot be read right. It is logged.
         """
         if self._stored is None:
-            return self._guest.read(self._number, offset, max(0, min(length, self._size - offset)))
+            return self.guest.read(self._number, offset, max(0, min(length, self._size - offset)))
         try:
             return self._stored.pread(offset, length)
         except QcowfsError as fault:
@@ -321,17 +322,17 @@ class GuestFile:
 
     def report(self, fault: QcowfsError) -> None:
         """Log that something of this file cannot be read."""
-        self._guest.report(self._number, fault)
+        self.guest.report(self._number, fault)
 
     def release(self) -> None:
         """Nothing is held."""
 
 
 class GuestListing:
-    """A directory that is read from time to time, a few entries at once."""
+    """A directory of the tree `guest` that is read from time to time, a few entries at once."""
 
     def __init__(self, guest: Guest, number: int) -> None:
-        self._guest = guest
+        self.guest = guest
         self._number = number
         self._page: list[Entry] = []
         self._before = -1  # the cookie that _page was asked with
@@ -346,7 +347,7 @@ class GuestListing:
         if places and places[-1] + 1 < len(self._page):
             return self._page[places[-1] + 1 :]
         if cookie != self._before or not self._page:
-            self._page = list(_unpacked(self._guest.page(self._number, cookie)))
+            self._page = list(_unpacked(self.guest.page(self._number, cookie)))
             self._before = cookie
         return self._page
 

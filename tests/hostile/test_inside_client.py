@@ -184,7 +184,7 @@ NAMES = [b"", b".", b"..", b"a/b", b"a\0", b"n" * 256]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_no_file_can_have_is_refused(name: bytes) -> None:
     with pytest.raises(ValueError, match="name"):
-        answer.entries(entry() + entry(name), 0, SIZE)
+        answer.entries(entry() + entry(name, 6), 0, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,11 @@ def test_an_inode_that_lies_is_refused(field: int, value: int) -> None:
 
 
 def test_entries_that_go_nowhere_are_refused() -> None:
-    for wrong in (entry(cookie=5), entry(cookie=0)):
+    back_and_forth = entry(cookie=9) + entry(cookie=7)
+    for wrong in (entry(cookie=5), entry(cookie=0), entry(cookie=4), entry(cookie=1 << 63), back_and_forth):
         with pytest.raises(ValueError, match="cookie"):
             answer.entries(wrong, 5, SIZE)
+    assert answer.entries(good := entry(cookie=6) + entry(cookie=(1 << 63) - 1), 5, SIZE) == good
 
 
 def test_changed_entries_are_refused_or_still_keep_the_rules() -> None:
