@@ -43,7 +43,7 @@ def contents(tree: Any, path: str = "") -> dict[bytes, str | None]:
 
 def told(kind: str, data: bytes | bytearray) -> dict[bytes, Any]:
     device = Memory(data)
-    return describe_reader(open_reader(kind, device, recover=True), device)
+    return describe_reader(open_reader(kind, device, recover=True), device, sha256=True)
 
 
 def read(kind: str, data: bytes | bytearray) -> dict[bytes, str | None]:
