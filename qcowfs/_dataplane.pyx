@@ -27,7 +27,7 @@ from qcowfs._nodes cimport Nodes
 from qcowfs._reply cimport device_reply
 from qcowfs._tables cimport fault_t
 from qcowfs._threads cimport thread_start, thread_stop
-from qcowfs._treeplane cimport NOT_OURS, tree_answer, tree_list
+from qcowfs._treeplane cimport NOT_OURS, tree_answer, tree_list, tree_may_wait, tree_waited
 from qcowfs.clib.atomic cimport (
     atomic_add, atomic_load, atomic_load_64, atomic_store, atomic_store_64, atomic_subtract,
 )
@@ -247,12 +247,17 @@ cdef bint answer_read(worker_t* worker, const fuse_in_header* request, const fus
     cdef int64_t got
     if handle == NULL:
         return False
+    if handle.made and not tree_may_wait(&plane.trees):
+        handles_put(plane.handles, handle)
+        return False
     if wanted.size > LARGEST_READ or not have_buffer(worker, wanted.size):
         got = -ENOMEM
     elif handle.disk != NULL or handle.mapped != NULL:
         got = read_stored(plane, handle, worker.buffer, wanted.size, wanted.offset)
     else:
         got = handle_read(handle, worker.buffer, wanted.size, wanted.offset)
+    if handle.made:
+        tree_waited(&plane.trees)
     if got < 0:
         device_reply(plane.device, request, <int>-got, NULL, 0)
     else:

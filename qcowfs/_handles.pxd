@@ -22,6 +22,7 @@ cdef struct handle_t:
     uint32_t references  # of the table and of those who use it now; guarded by the table's lock
     disk_t* disk  # at most one of the two is not NULL; with none, only Python can read the file
     const mapped_t* mapped
+    bint made  # by a tree's worker, which may be slow: the data plane waits for some of these at once only
     void* keeper  # the Disk or Mapped that they are in, or None; owned, or `tree`'s
     void* file  # the file of the mount: read(), report(), end(); owned, or `tree`'s guest
     uint64_t next  # where a sequential reader goes on; guarded by the lock of ahead_t, as is the next one

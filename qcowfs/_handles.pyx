@@ -49,12 +49,13 @@ cdef class Handles:
     def __len__(self):
         return <Py_ssize_t>self.c.count
 
-    def attach(self, disk, file not None):
+    def attach(self, disk, file not None, bint made=False):
         """Return a number for one more open file.
 
         Args:
             disk: a Disk or a Mapped; None if only Python can read it, through `file`.
             file: has `read(offset, length)` and `end()`, and hears of faults through `report(error)`; from any thread.
+            made: it waits for the worker of a tree when it reads.
         """
         cdef handle_t* handle = <handle_t*>calloc(1, sizeof(handle_t))
         cdef bint added
@@ -62,6 +63,7 @@ cdef class Handles:
             raise MemoryError()
         handle.references = 1
         handle.next = NOWHERE
+        handle.made = made
         if isinstance(disk, Mapped):
             handle.mapped = &(<Mapped>disk).c
         elif disk is not None:

@@ -15,7 +15,7 @@ cdef struct treeplane_t:
     int device
     handles_t* handles
     nodes_t* nodes
-    uint32_t waiting  # atomic; listings that wait for their tree now
+    uint32_t waiting  # atomic; threads that wait for a tree now
     uint32_t most_waiting
 
 
@@ -25,3 +25,7 @@ cdef bint tree_answer(treeplane_t* plane, const fuse_in_header* request, uint64_
 # Put entries of an open directory into `buffer`. Returns how many bytes, -errno, or NOT_OURS.
 cdef int64_t tree_list(
     treeplane_t* plane, uint64_t fh, uint64_t cookie, bint plus, char* buffer, uint64_t room) noexcept nogil
+
+# A tree that waits for its source must not take all threads: may one more wait? Then it tells when it has.
+cdef bint tree_may_wait(treeplane_t* plane) noexcept nogil
+cdef void tree_waited(treeplane_t* plane) noexcept nogil

@@ -180,17 +180,26 @@ cdef int64_t list_page(
     cdef int error = 0
     handle_take_page(plane.handles, handle, &page)
     if page.entries == NULL or page.cookie != cookie or page.place == page.length:
-        # A tree that waits for its source must not take all workers; pyfuse3 has time.
-        if atomic_add(&plane.waiting, 1) > plane.most_waiting:
-            atomic_subtract(&plane.waiting, 1)
+        if not tree_may_wait(plane):  # pyfuse3 has time
             handle_put_page(plane.handles, handle, &page)
             return NOT_OURS
         error = handle_fill_page(handle, cookie, &page)
-        atomic_subtract(&plane.waiting, 1)
+        tree_waited(plane)
     if error == 0:
         used = take_entries(&page, plus, buffer, room)
     handle_put_page(plane.handles, handle, &page)
     return -error if error else <int64_t>used
+
+
+cdef bint tree_may_wait(treeplane_t* plane) noexcept nogil:
+    if atomic_add(&plane.waiting, 1) <= plane.most_waiting:
+        return True
+    atomic_subtract(&plane.waiting, 1)
+    return False
+
+
+cdef void tree_waited(treeplane_t* plane) noexcept nogil:
+    atomic_subtract(&plane.waiting, 1)
 
 
 cdef uint64_t take_entries(page_t* page, bint plus, char* buffer, uint64_t room) noexcept nogil:

@@ -210,7 +210,8 @@ class Operations(pyfuse3.Operations):
         return self._attached(node, node.open())
 
     def _attached(self, file: RawFile | GuestFile, disk: object) -> FileInfo:
-        fh = self._handles.attach(disk if isinstance(disk, Disk | Mapped) else None, file)
+        made = isinstance(file, GuestFile) and file.made
+        fh = self._handles.attach(disk if isinstance(disk, Disk | Mapped) else None, file, made)
         self._opened[fh] = file
         return FileInfo(fh=fh, direct_io=file.live, keep_cache=not file.live)
 
