@@ -98,3 +98,13 @@ def test_endless_work_is_not_done(commits: tuple[FileDevice, Super, list[Operati
     operations = [Operation(fastcommit.UNLINK, bytes((2, 0, 0, 0, 2, 0, 0, 0)) + b"%d" % n) for n in range(60_000)]
 
     assert not attempt(device, superblock, operations * 10)
+
+
+def test_an_inode_without_links_is_not_replayed(commits: tuple[FileDevice, Super, list[Operation]]) -> None:
+    device, superblock, operations = commits
+    place, found = next((place, one) for place, one in enumerate(operations) if one.tag == fastcommit.INODE)
+    value = bytearray(found.value)
+    value[4 + 0x1A : 4 + 0x1C] = bytes(2)
+
+    assert attempt(device, superblock, operations[: place + 1])
+    assert not attempt(device, superblock, [*operations[:place], Operation(found.tag, bytes(value))])
