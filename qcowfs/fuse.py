@@ -104,7 +104,7 @@ class Operations(pyfuse3.Operations):
         if isinstance(node, GuestRoot) and not await self._ask(node.guest, node.guest.resolve):
             return _absent()
         # Opening and reading must not wait for a walk of tables; who wants st_blocks asks for attributes.
-        return _absent() if node is None else _entry(node.listed())
+        return _absent(settled=folder is None or folder.known) if node is None else _entry(node.listed())
 
     @translated
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -318,9 +318,9 @@ def _entry(attributes: Attributes, *, settled: bool = True) -> EntryAttributes:
     return entry
 
 
-def _absent() -> EntryAttributes:
-    """Return the answer that lets the kernel remember that there is no such name."""
+def _absent(*, settled: bool = True) -> EntryAttributes:
+    """Return the answer that there is no such name, and lets the kernel remember it if it is `settled`."""
     entry = EntryAttributes()
     entry.st_ino = 0
-    entry.entry_timeout = FOREVER
+    entry.entry_timeout = FOREVER if settled else 0
     return entry

@@ -70,7 +70,7 @@ def pack_entry(name: bytes, inode: bytes, cookie: int, extents: Sequence[Extent]
     Args:
         name: 1 to 255 bytes; neither "." nor ".." is ever listed.
         inode: the bytes of INODE.
-        cookie: where a listing goes on after this entry: < 2 ** 63, and larger than that of the entry before, or 0.
+        cookie: where a listing goes on after this entry: larger than that of the entry before, and less than 2 ** 63.
         extents: all that the file has, if they are few; None: they are to be asked for.
     """
     packed = b"".join(EXTENT.pack(*extent) for extent in extents or ())

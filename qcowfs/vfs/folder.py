@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Folder"]
 
+AGAIN_SECONDS = 10.0  # between two looks at a disk that cannot be read
 COUNT_SECONDS = 1.0  # of walking a volume for st_blocks
 
 logger = logging.getLogger("qcowfs.mount")
@@ -45,7 +46,7 @@ class Folder:
         guest_of: returns the tree of a volume, by its path in the mount; None if there is none that can be shown.
 
     Attributes:
-        resolved: it is known whether there is a directory.
+        known: it is known whether there is a directory.
     """
 
     def __init__(
@@ -66,13 +67,20 @@ class Folder:
         self._guest_of = guest_of
         self._faults = faults
         self._lock = threading.Lock()
-        self.resolved = False
+        self.known = False
+        self._told: set[str] = set()  # notes that are in the log; a disk has a few
+        self._again = 0.0  # when to look once more, after the disk could not be read
         self._directory: Directory | GuestRoot | None = None
 
     @property
     def directory(self) -> Directory | GuestRoot | None:
         """The directory; None if there is none, or nobody has resolved this yet."""
         return self._directory
+
+    @property
+    def resolved(self) -> bool:
+        """True while there is no need to look: it is known, or could not be found out just now."""
+        return self.known or time.monotonic() < self._again
 
     def resolve(self) -> Directory | GuestRoot | None:
         """Return the directory, None if there is none. The first call reads the disk, a few hundred KiB at most.
@@ -81,16 +89,21 @@ class Folder:
         """
         with self._lock:
             if not self.resolved:
+                self._again = time.monotonic() + AGAIN_SECONDS
                 try:
-                    self._directory = self._made(*self._look())
+                    contents, disks = self._look()
+                    self._directory = self._made(contents, disks)
+                    # Nothing was found, and something could not be read: a source that is away comes back.
+                    self.known = bool(contents.items) or not contents.notes
                 except QcowfsError as fault:
                     self._faults.report(os.fsdecode(self.place.name), fault)
-                self.resolved = True
             return self._directory
 
     def _made(self, contents: Contents, disks: Sequence[Mapped | None]) -> Directory | GuestRoot | None:
         for note in contents.notes:
-            logger.warning("%s: %s", os.fsdecode(self.place.name), note)
+            if note not in self._told:
+                self._told.add(note)
+                logger.warning("%s: %s", os.fsdecode(self.place.name), note)
         directory = Directory(self.place, self._parent)
         pairs = list(zip(contents.items, disks, strict=True))
         volumes = [pair for pair in pairs if pair[0].volume.name]

@@ -105,22 +105,29 @@ class Guest:
         self.attributes_of_root: Attributes | None = None
 
     def resolve(self) -> bool:
-        """Open the tree, if nobody did; return whether it can be shown. If not, the log says why."""
-        with self._lock:
+        """Open the tree, if nobody did; return whether it can be shown. If not, the log says why.
+
+        Raises:
+            TreeFault: nobody can tell now; the next one who asks may.
+        """
+        with self._lock, self._reported():
             if not self.resolved:
                 self._open()
             return self.attributes_of_root is not None
 
     def _open(self) -> None:
-        tree, shown = self._make_tree(), self._presentation
+        shown = self._presentation
+        tree = self._tree = self._tree or self._make_tree()
         try:
             self._root, facts = tree.root, tree.facts()
             root = tree.stat(self._root)
         except TreeFault as fault:
+            if fault.errno != errno.ENOTSUP:
+                raise
             logger.warning("%s is not shown as a directory", fault)
-            self.resolved = fault.errno != errno.EAGAIN  # no worker is free: somebody may ask again
+            self.resolved = True
             return
-        self._tree = tree
+        self._shown(root)  # before it is entered: it may be damaged
         self._nodes.enter(self.base, self._root, self.volume, self, uid=shown.uid, gid=shown.gid, umask=shown.umask)
         self._recovery = facts.get("recovery", "")
         self.attributes_of_root = self._shown(self._nodes.inode(self.base, root))

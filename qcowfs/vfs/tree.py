@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +19,7 @@ from qcowfs import limits
 from qcowfs._cache import Cache
 from qcowfs._mapped import Mapped
 from qcowfs._source import FileSource
+from qcowfs.errors import TreeFault
 from qcowfs.sizes import Sizes
 from qcowfs.snapshot import LiveDisk, open_disk
 from qcowfs.vfs import names, xattrs
@@ -176,16 +178,8 @@ class Tree:
         """
         deadline = time.monotonic() + LOOK_SECONDS
         folders = self._folders.values() if directory is self.root else ()
-        unknown: list[Folder | Guest] = [folder for folder in folders if not folder.resolved]
-        while unknown:
-            for which in unknown:
-                if time.monotonic() > deadline:
-                    logger.warning(
-                        "looking into the points takes too long: some directories are not listed, but are there"
-                    )
-                    return
-                which.resolve()
-            unknown = [guest for guest in self._to_open(directory) if not guest.resolved]
+        if not (_resolved_by(deadline, folders) and _resolved_by(deadline, self._to_open(directory))):
+            logger.warning("looking into the points takes too long: some directories are not listed, but are there")
 
     def _to_open(self, directory: Directory) -> Sequence[Guest]:
         """Return the trees in `directory` that a listing opens, so that it shows none that turns out to be none.
@@ -261,6 +255,16 @@ class Tree:
             self._guests[node.guest.base >> INODE_BITS] = node.guest
         else:
             self._nodes[node.place.ino] = node
+
+
+def _resolved_by(deadline: float, unknown: Iterable[Folder | Guest]) -> bool:
+    """Resolve all of them; return whether there was time for it."""
+    for which in unknown:
+        if not which.resolved and time.monotonic() > deadline:
+            return False
+        with suppress(TreeFault):  # it is listed; whoever enters it hears why not
+            which.resolve()
+    return True
 
 
 def _is_refused(node: Node) -> bool:

@@ -377,3 +377,19 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(bare: Path, target: Path
         assert call("umount", target).returncode == 0
         mount.wait_gone()
         assert run("pgrep", "-P", str(mount.pid), check=False) == ""
+
+
+@PLANES
+@pytest.mark.expect_warnings
+def test_a_tree_that_nobody_can_open_now_is_an_error_and_not_absent(
+    bare: Path, partitioned: Path, target: Path, more: list[str]
+) -> None:
+    for image, inside in ((bare, target / "current"), (partitioned, target / "current" / "p1")):
+        with mounted(image, target, *more) as mount:
+            shell("pkill -KILL -P $1", str(mount.pid))
+            for _ in range(2):
+                for look in (os.stat, os.listdir):
+                    with pytest.raises(OSError, match="Input/output error"):
+                        look(inside)
+                assert inside.name in os.listdir(inside.parent)
+            assert "cannot be started" in mount.log.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -9,8 +10,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from qcowfs._mapped import Mapped
 from qcowfs.errors import CorruptImage, ReadFault
+from qcowfs.inside.contents import Contents
 from qcowfs.snapshot import Point
+from qcowfs.vfs import folder as folders
 from qcowfs.vfs import tree as trees
 from qcowfs.vfs.node import DiskFile, LiveFile, Node, RawFile, Symlink
 from qcowfs.vfs.tree import Tree
@@ -341,3 +345,27 @@ def test_a_listing_does_not_wait_for_hostile_points(
 
     assert disks.looked == 0
     assert "some directories are not listed" in caplog.text
+
+
+@pytest.mark.expect_warnings
+def test_a_disk_that_could_not_be_read_is_looked_into_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away(FakeDisks):
+        def inside(self, point: Point, name: str) -> tuple[Contents, list[Mapped | None]]:
+            self.looked += 1
+            if self.looked == 1:
+                raise ReadFault("/images/top.qcow2", 0, 0, "it is away", errno.EIO)
+            return Contents([], ["the first sector cannot be read"] if self.looked == 2 else []), []
+
+    disks = Away()
+    tree = grown([active()], disks)
+    folder = tree.folder(tree.root, b"current")
+    assert folder is not None
+
+    tree.resolve(tree.root)
+    assert (tree.resolved(tree.root), folder.known, disks.looked) == (True, False, 1)
+    monkeypatch.setattr(folders, "AGAIN_SECONDS", 0.0)
+    folder._again = 0.0
+    for looked, known in ((2, False), (3, True), (3, True)):
+        assert tree.resolved(tree.root) == (looked == 3 and disks.looked == 3)
+        tree.resolve(tree.root)
+        assert (disks.looked, folder.known) == (looked, known)
