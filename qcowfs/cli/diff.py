@@ -131,11 +131,11 @@ def _sides(args: argparse.Namespace, stack: ExitStack) -> tuple[_Side, _Side]:
     (image, old), (other, new) = split_image(args.image), split_image(args.old)
     first = stack.enter_context(open_chain(args, image, other_format=args.image_format))
     second = stack.enter_context(open_chain(args, other, other_format=args.new_format or args.image_format))
-    return _side(first, old or "current", cache), _side(second, new or "current", cache)
+    return _side(first, old, cache), _side(second, new, cache)
 
 
-def _side(chain: Chain, text: str, cache: Cache) -> _Side:
-    name, point = find_named(chain, text)
+def _side(chain: Chain, text: str | None, cache: Cache) -> _Side:
+    name, point = find_named(chain, "current" if text is None else text)
     if not point.frozen:
         logger.warning("%s: another process is writing what %s reads", printable(chain.image), printable(name))
     return _Side(chain.layers[0].path, name, open_disk(chain, point, cache))
