@@ -23,6 +23,7 @@ DEFAULT_GRANULARITY = 4096  # a page, and the block of most file systems
 BATCH = 8 << 20  # bytes of each disk that one thread compares before it hands in what it found
 SMALLEST_BATCH = 256 << 10
 BLOCKS_OF_A_BATCH = 1 << 15  # when every second one differs, their ranges take 256 KiB
+MOST_THREADS = 16  # more of them wait for memory and disks, not for each other
 BATCHES_FOR_A_THREAD = 2  # so that none waits for the one before it to be taken away
 ALL = 1 << 62  # more than any disk has
 
@@ -88,7 +89,7 @@ def _candidates(comparison: Comparison, most_bytes: int) -> Iterator[Batch]:
 
 def _compared(comparison: Comparison, granularity: int) -> Iterator[Batch]:
     """Yield what threads have found, in order. The tables are walked here, meanwhile."""
-    threads = len(os.sched_getaffinity(0))
+    threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
     most_bytes = min(BATCH, max(SMALLEST_BATCH, granularity * BLOCKS_OF_A_BATCH))
     waiting: deque[tuple[Batch, Future[Batch]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
