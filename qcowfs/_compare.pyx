@@ -5,8 +5,8 @@ Used by `blockdiff`. `candidates` walks the tables from the start to the end and
 left over, on any number of threads, without the GIL.
 
 What proves a range equal, the cheapest first: the rest of both chains is the same; both L1 entries name the same L2
-table, over the same rest; both say the same host bytes, the same compressed stream, or zeros. A range that is proved
-equal is not read, so nobody hears that it cannot be.
+table, over the same rest; both say the same host bytes, the same compressed stream, or zeros, and holes of the host's
+files are zeros, too. A range that is proved equal is not read, so nobody hears that it cannot be.
 """
 
 from typing import NamedTuple
@@ -16,10 +16,13 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memset
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
-from qcowfs._core cimport Disk, disk_has_warning, disk_read, find_hole
+from qcowfs._core cimport Disk, disk_has_warning, disk_read
 from qcowfs._pair cimport is_zero, pair_free, pair_make, pair_same_place, pair_shares, pair_t
 from qcowfs._resolve cimport disk_resolve, disk_t, resolve_by_layers, resolved_t
-from qcowfs._tables cimport LAYER_RAW, NORMAL, UNALLOCATED, fault_t, layer_l2_table, layer_t
+from qcowfs._source cimport source_t
+from qcowfs._tables cimport LAYER_RAW, NORMAL, UNALLOCATED, ZERO_ALLOCATED, fault_t, layer_l2_table, layer_t
+
+cdef uint64_t ALL = <uint64_t>1 << 62  # more than any file has
 
 cdef enum:
     BUFFER = 256 << 10  # bytes of each disk that are compared at once: both are in the processor's cache meanwhile
@@ -32,6 +35,14 @@ cdef enum:
 cdef struct range_t:
     uint64_t start
     uint64_t end
+
+
+cdef struct host_run_t:
+    # What a file said last: data or a hole from one host offset to another. Asked of each cluster, lseek would cost
+    # more than reading the small ones.
+    const source_t* source
+    range_t range
+    bint hole
 
 
 cdef struct failure_t:
@@ -155,6 +166,8 @@ cdef uint64_t walk(const pair_t* pair, uint64_t offset, uint64_t most_bytes, fou
     cdef uint64_t asked = offset  # whether something is shared is known up to here: it is not
     cdef uint64_t length
     cdef uint32_t steps = 0
+    cdef host_run_t runs[2]
+    memset(runs, 0, sizeof(runs))
     while offset < pair.end and limit > 0 and steps < MOST_STEPS and not found.no_memory:  # all lengths are > 0
         steps += 1
         if offset >= asked:
@@ -163,13 +176,14 @@ cdef uint64_t walk(const pair_t* pair, uint64_t offset, uint64_t most_bytes, fou
                 offset += length
                 continue
             asked = offset + length
-        offset += take_step(pair, offset, &limit, found)
+        offset += take_step(pair, runs, offset, &limit, found)
         if found.count >= MOST_RANGES or found.failure_count >= MOST_RANGES:
             break
     return offset
 
 
-cdef uint64_t take_step(const pair_t* pair, uint64_t offset, uint64_t* limit, found_t* found) noexcept nogil:
+cdef uint64_t take_step(
+    const pair_t* pair, host_run_t* runs, uint64_t offset, uint64_t* limit, found_t* found) noexcept nogil:
     """Go on over one answer of both; a range that is not proved equal is appended, and taken from `limit`."""
     cdef resolved_t old, new
     cdef fault_t fault
@@ -181,10 +195,8 @@ cdef uint64_t take_step(const pair_t* pair, uint64_t offset, uint64_t* limit, fo
     length = min(old.mapping.length, new.mapping.length)
     if pair_same_place(pair, &old, &new):
         return length
-    if find_hole(&old, offset, &fault) < 0:
-        return take_fault(pair, False, offset, &fault, found)
-    if find_hole(&new, offset, &fault) < 0:
-        return take_fault(pair, True, offset, &fault, found)
+    look_for_hole(&old, &runs[0])
+    look_for_hole(&new, &runs[1])
     length = min(old.mapping.length, new.mapping.length)
     if is_zero(&old) and is_zero(&new):
         return length
@@ -192,6 +204,28 @@ cdef uint64_t take_step(const pair_t* pair, uint64_t offset, uint64_t* limit, fo
     limit[0] -= length
     append(found, offset, offset + length)
     return length
+
+
+cdef void look_for_hole(resolved_t* resolved, host_run_t* run) noexcept nogil:
+    """Take a hole of the host's file for the zeros that it reads as: raw and preallocated images are full of them."""
+    cdef const source_t* source
+    cdef uint64_t offset = resolved.mapping.host_offset
+    cdef uint64_t length = ALL
+    cdef int status
+    if resolved.mapping.type != NORMAL:
+        return
+    source = resolved.layer.data
+    if run.source != source or not run.range.start <= offset < run.range.end:
+        status = source.status(source, offset, &length)
+        if status < 0:  # then it is data, and whoever reads it learns more
+            return
+        run.source = source
+        run.range.start = offset
+        run.range.end = offset + length
+        run.hole = status == 0
+    resolved.mapping.length = min(resolved.mapping.length, run.range.end - offset)
+    if run.hole:
+        resolved.mapping.type = ZERO_ALLOCATED
 
 
 cdef int resolve_side(

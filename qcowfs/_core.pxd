@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from qcowfs._cache cimport Cache
-from qcowfs._resolve cimport disk_t, resolved_t
+from qcowfs._resolve cimport disk_t
 from qcowfs._tables cimport fault_t
 
 
@@ -14,10 +14,6 @@ cdef enum:
 # Fill `buffer` with `length` bytes at `offset`, all within the disk. Returns 0, or -1 with `fault`.
 cdef int disk_read(
     disk_t* disk, char* buffer, uint64_t offset, uint64_t length, fault_t* fault) noexcept nogil
-
-# A raw layer's zeros are the holes of its file: cut the answer at `offset` to the hole or the data there. Returns 0, or
-# -1 with `fault`.
-cdef int find_hole(resolved_t* resolved, uint64_t offset, fault_t* fault) noexcept nogil
 
 # Decompress into the cache what nobody has or is decompressing, of the clusters in [offset, end); one cluster at most.
 # Returns where to go on; `end` if nothing is left. Faults are left to whoever reads.

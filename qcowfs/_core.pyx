@@ -231,6 +231,7 @@ cdef object make_extent(const resolved_t* resolved, uint32_t depth, uint64_t off
 
 
 cdef int find_hole(resolved_t* resolved, uint64_t offset, fault_t* fault) noexcept nogil:
+    """A raw layer's zeros are the holes of its file: cut the mapping to the hole or the data at `offset`."""
     cdef int status
     if resolved.layer == NULL or resolved.layer.kind != LAYER_RAW:
         return 0

@@ -175,6 +175,14 @@ def test_a_terabyte_of_nothing_takes_no_time(tmp_path: Path) -> None:
     assert 1 == cli.main(["diff", "--blocks", *map(str, words)])
 
 
+def test_clusters_that_are_holes_of_their_file_are_zeros(tmp_path: Path) -> None:
+    one = made(tmp_path / "one.qcow2", size="64G", cluster=65536, more=",preallocation=metadata")
+    two = made(tmp_path / "two.qcow2", size="64G", cluster=65536, more=",preallocation=metadata")
+    qemu_io(two, "write -P 1 32G 64k")
+
+    assert ([(32 << 30, 65536)],) * 2 == both(*disks(one, "current", two, "current"))
+
+
 def test_a_cluster_that_cannot_be_read_is_told_and_all_others_are_compared(
     image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
