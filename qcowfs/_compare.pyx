@@ -5,8 +5,9 @@ Used by `blockdiff`. `candidates` walks the tables from the start to the end and
 left over, on any number of threads, without the GIL.
 
 What proves a range equal, the cheapest first: the rest of both chains is the same; both L1 entries name the same L2
-table, over the same rest; both say the same host bytes, the same compressed stream, or zeros, and holes of the host's
-files are zeros, too. A range that is proved equal is not read, so nobody hears that it cannot be.
+table over the same rest, or two that have the same entries there; both say the same host bytes, the same compressed
+stream, or zeros, and holes of the host's files are zeros, too. A range that is proved equal is not read, so nobody
+hears that it cannot be.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,9 @@ from libc.string cimport memcmp, memset
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from qcowfs._core cimport Disk, disk_has_warning, disk_read
-from qcowfs._pair cimport is_zero, pair_free, pair_make, pair_same_place, pair_shares, pair_t
+from qcowfs._pair cimport (
+    is_zero, pair_equal_entries, pair_free, pair_make, pair_same_place, pair_shares, pair_t, tables_t,
+)
 from qcowfs._resolve cimport disk_resolve, disk_t, resolve_by_layers, resolved_t
 from qcowfs._source cimport source_t
 from qcowfs._tables cimport LAYER_RAW, NORMAL, UNALLOCATED, ZERO_ALLOCATED, fault_t, layer_l2_table, layer_t
@@ -77,7 +80,7 @@ cdef class Comparison:
     """Two disks and what they share.
 
     Args:
-        old, new: of one cache.
+        old, new: of one cache or of two.
 
     Raises:
         OSError: the status of a file cannot be had.
@@ -166,16 +169,22 @@ cdef uint64_t walk(const pair_t* pair, uint64_t offset, uint64_t most_bytes, fou
     cdef uint64_t asked = offset  # whether something is shared is known up to here: it is not
     cdef uint64_t length
     cdef uint32_t steps = 0
+    cdef tables_t tables
     cdef host_run_t runs[2]
     memset(runs, 0, sizeof(runs))
     while offset < pair.end and limit > 0 and steps < MOST_STEPS and not found.no_memory:  # all lengths are > 0
         steps += 1
         if offset >= asked:
             length = pair.end - offset
-            if pair_shares(pair, offset, &length):
+            if pair_shares(pair, offset, &length, &tables):
                 offset += length
                 continue
             asked = offset + length
+        if tables.old != 0:
+            length = min(asked - offset, pair_equal_entries(pair, &tables, offset))
+            if length > 0:
+                offset += length
+                continue
         offset += take_step(pair, runs, offset, &limit, found)
         if found.count >= MOST_RANGES or found.failure_count >= MOST_RANGES:
             break

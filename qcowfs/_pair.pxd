@@ -22,13 +22,23 @@ cdef struct pair_t:
     uint64_t end  # bytes of the larger disk
 
 
+cdef struct tables_t:
+    # Host offsets of an L2 table of each.
+    uint64_t old
+    uint64_t new
+
+
 # Fill in `pair`, which is all zero or was made before. Raises OSError if the status of a file cannot be had. Whoever
 # has it keeps the disks alive, and frees it in the end.
 cdef int pair_make(pair_t* pair, Disk old, Disk new) except -1
 cdef void pair_free(pair_t* pair) noexcept nogil
 
 # Is the rest of both chains the same from `offset` on, by the L1 tables? `length` is cut down to what that is said of.
-cdef bint pair_shares(const pair_t* pair, uint64_t offset, uint64_t* length) noexcept nogil
+# If not, `tables` has the L2 tables of that range if equal entries of them mean the same; else both are 0.
+cdef bint pair_shares(const pair_t* pair, uint64_t offset, uint64_t* length, tables_t* tables) noexcept nogil
+
+# Bytes from `offset` on for which `tables` have equal entries; 0 if there are none.
+cdef uint64_t pair_equal_entries(const pair_t* pair, const tables_t* tables, uint64_t offset) noexcept nogil
 
 # Do two answers mean the same bytes of the host, or zeros? Both are about the same guest offset.
 cdef bint pair_same_place(const pair_t* pair, const resolved_t* old, const resolved_t* new) noexcept nogil

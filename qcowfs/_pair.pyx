@@ -8,9 +8,14 @@ also where the data cannot be read; where there is none, nothing is said.
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from qcowfs._cache cimport KIND_TABLE, cache_release, entry_t
 from qcowfs._core cimport Disk
 from qcowfs._resolve cimport disk_t, resolved_t
-from qcowfs._tables cimport COMPRESSED, LAYER_RAW, NORMAL, LayerMap, fault_t, layer_l2_table, layer_t
+from qcowfs._tables cimport (
+    COMPRESSED, LAYER_QCOW2, LAYER_RAW, NORMAL, SLICE_SIZE, LayerMap, fault_t, layer_l2_table, layer_t, table_slice,
+)
+
+cdef uint64_t COPIED = <uint64_t>1 << 63
 
 
 cdef int pair_make(pair_t* pair, Disk old, Disk new) except -1:
@@ -77,19 +82,63 @@ cdef bint same_state(const layer_t* a, const layer_t* b) noexcept nogil:
     return a.virtual_size == b.virtual_size and a.l1_offset == b.l1_offset and a.l1_entries == b.l1_entries
 
 
-cdef bint pair_shares(const pair_t* pair, uint64_t offset, uint64_t* length) noexcept nogil:
+cdef bint pair_shares(const pair_t* pair, uint64_t offset, uint64_t* length, tables_t* tables) noexcept nogil:
     cdef uint64_t old_table, new_table
     cdef uint32_t old_rest, new_rest
+    tables.old = tables.new = 0
     if offset >= pair.old.virtual_size or offset >= pair.new.virtual_size:
         return False
     length[0] = min(length[0], min(pair.old.virtual_size, pair.new.virtual_size) - offset)
     old_rest = rest_at(pair.old, pair.tail, offset, length, &old_table)
     new_rest = rest_at(pair.new, pair.tail, offset, length, &new_table)
-    if old_rest != new_rest:
-        return False
-    if old_rest <= pair.tail:
+    if old_rest == new_rest and old_rest <= pair.tail:
         return True
-    return old_rest == pair.tail + 1 and pair.kin and old_table == new_table and old_table != 0
+    if old_rest != new_rest or old_rest > pair.tail + 1 or not pair.kin or old_table == 0 or new_table == 0:
+        return False
+    if old_table == new_table:
+        return True
+    tables.old = old_table
+    tables.new = new_table
+    return False
+
+
+cdef uint64_t pair_equal_entries(const pair_t* pair, const tables_t* tables, uint64_t offset) noexcept nogil:
+    # Slices begin at the same places of both tables, so an entry has the same index in both.
+    cdef const layer_t* layer = pair.old.layers[pair.old.count - pair.tail - 1]
+    cdef const layer_t* other = pair.new.layers[pair.new.count - pair.tail - 1]
+    cdef uint32_t entry_words = 2 if layer.extended_l2 else 1
+    cdef uint64_t cluster = offset >> layer.cluster_bits
+    cdef uint64_t byte = (cluster & ((<uint64_t>1 << layer.l2_bits) - 1)) * 8 * entry_words
+    cdef uint64_t start = byte & ~<uint64_t>(SLICE_SIZE - 1)
+    cdef uint64_t last = min(<uint64_t>SLICE_SIZE, ((<uint64_t>8 * entry_words) << layer.l2_bits) - start) // 8
+    cdef uint64_t found
+    cdef fault_t ignored
+    cdef entry_t* old = table_slice(layer.source, pair.old.cache, KIND_TABLE, tables.old + start, &ignored)
+    cdef entry_t* new
+    if old == NULL:
+        return 0
+    new = table_slice(other.source, pair.new.cache, KIND_TABLE, tables.new + start, &ignored)
+    if new == NULL:
+        cache_release(pair.old.cache, old)
+        return 0
+    last = min(last, min(old.valid, new.valid) // 8)
+    found = equal_words(layer, <const uint64_t*>old.payload, <const uint64_t*>new.payload, (byte - start) // 8, last)
+    cache_release(pair.old.cache, old)
+    cache_release(pair.new.cache, new)
+    found //= entry_words
+    return ((cluster + found) << layer.cluster_bits) - offset if found else 0
+
+
+cdef uint64_t equal_words(
+    const layer_t* layer, const uint64_t* old, const uint64_t* new, uint64_t index, uint64_t last) noexcept nogil:
+    """How many words from `index` on are equal. Whether a cluster has other references as well is no difference."""
+    cdef uint64_t start = index
+    cdef uint64_t mask = ~<uint64_t>0
+    if layer.kind == LAYER_QCOW2 and not layer.external_data and not layer.extended_l2:
+        mask = ~COPIED
+    while index < last and (old[index] ^ new[index]) & mask == 0:
+        index += 1
+    return index - start
 
 
 cdef uint32_t rest_at(

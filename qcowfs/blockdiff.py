@@ -35,7 +35,7 @@ def may_differ(old: Disk, new: Disk, *, granularity: int = DEFAULT_GRANULARITY) 
     """Yield (offset, length) of what the tables do not prove equal, in order, none touching another.
 
     Args:
-        old, new: of one cache. Past the end of the smaller one the other may differ where it is not known to be zero.
+        old, new: any two. Past the end of the smaller one the other may differ where it is not known to be zero.
         granularity: bytes, a power of two; ranges are widened to multiples of it, up to the end of the larger disk.
 
     No data is read. A range behind a table that cannot be read may differ, too.
@@ -57,7 +57,7 @@ def differing(
     """Yield (offset, length) of what differs, in order, none touching another.
 
     Args:
-        old, new: of one cache. Past its end the smaller one counts as zeros.
+        old, new: any two. Past its end the smaller one counts as zeros.
         granularity: bytes, a power of two; a block of so many bytes, at a multiple of it, differs where one of its
             bytes does. The last one ends with the larger disk.
         on_fault: called with (offset, length, fault) of each range that cannot be compared, in order; all others are

@@ -91,6 +91,16 @@ def test_a_table_that_both_share_is_not_read(image: Path) -> None:
     assert [(2 * REACH + 3 * CLUSTER, 512)] == both(old, new)[1]
 
 
+def test_an_entry_that_is_equal_in_two_tables_is_not_looked_at(image: Path) -> None:
+    Tables(image).l2(3 * REACH // CLUSTER, 1 << 63 | 0x1FF000 + 512)
+    qemu_io(image, f"write -P 4 {3 * REACH + 2 * CLUSTER} 4k")  # copies the table, and what is wrong in it
+    old, new = disks(image, "b", image, "current")
+    with pytest.raises(ReadFault):
+        new.pread(3 * REACH, 1)
+
+    assert ([(3 * REACH + 2 * CLUSTER, CLUSTER)],) * 2 == both(old, new)
+
+
 def test_bytes_that_were_written_again_are_no_difference(image: Path) -> None:
     qemu_io(image, "write -P 1 0 4k")
 
