@@ -15,6 +15,9 @@ from tests.mount.images import with_many_snapshots
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 SIZE, DATA = GIB, 512 * MIB  # of most images: more data than any cache of a daemon, and small enough for the kernel's
 SNAPSHOTS, MEASURED_SNAPSHOT = 50, "s10"
+BEFORE, AFTER = "before", "after"  # snapshots of the image whose points are compared
+CHURNED = 4 * GIB  # of that image: comparing all of it takes seconds, which the start of a program is nothing beside
+CHANGED = (CHURNED // 50) >> 16 << 16
 TABLES = 20_480
 RECIPE = 1  # raise it when an image is made in another way, so that kept ones are made again
 
@@ -139,6 +142,29 @@ def snapshots(path: Path, images: Images) -> None:
         run("qemu-io", "-f", "qcow2", *commands, path)
 
 
+def copy_of(path: Path) -> Path:
+    """Return where an image has its copy."""
+    return path.with_name("copy.qcow2")
+
+
+def churn(path: Path, images: Images) -> None:
+    """4 GiB of random data with two internal snapshots, and 2 % of its clusters written between them."""
+    converted(path, lambda raw: contents.write_random(raw, CHURNED, CHURNED))
+    run("qemu-img", "snapshot", "-q", "-c", BEFORE, path)
+    places = random.Random(2).sample(range(CHURNED >> 16), CHANGED >> 16)
+    commands = [word for place in places for word in ("-c", f"write -P 2 {place << 16} 64k")]
+    run("qemu-io", "-f", "qcow2", *commands, path)
+    run("qemu-img", "snapshot", "-q", "-c", AFTER, path)
+
+
+def one_tib(path: Path, images: Images) -> None:
+    """1 TiB with 1 GiB of data in 64 places, and a copy of the file, which shares nothing with it."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, str(TIB))
+    commands = [word for number in range(64) for word in ("-c", f"write -P {number + 1} {number * 16}G 16M")]
+    run("qemu-io", "-f", "qcow2", *commands, path)
+    shutil.copyfile(path, copy_of(path))
+
+
 def four_tib(path: Path, images: Images) -> None:
     """4,096 full clusters at random places of 4 TiB."""
     choose = random.Random(4)
@@ -173,6 +199,8 @@ RECIPES: dict[str, Callable[[Path, Images], None]] = {
     "chain10": chain(10),
     "chain40": chain(40),
     "snapshots": snapshots,
+    "churn": churn,
+    "1tib": one_tib,
     "4tib": four_tib,
     "12tib": twelve_tib,
     "thousand": thousand,

@@ -88,7 +88,17 @@ def figure(work: Work, value: float) -> str:
 
 def goal_lines(work: Work, found: Figures) -> list[str]:
     """Return a line for each goal."""
-    return [f"Goal: {goal_text(goal, found)}." for goal in work.goals]
+    return [f"Goal: {text}." for text in goal_texts(work, found)]
+
+
+def goal_texts(work: Work, found: Figures) -> list[str]:
+    """Say of each goal what is asked for and what was got."""
+    texts = [goal_text(goal, found) for goal in work.goals]
+    if not work.most or rivals.OURS not in found.samples:
+        return texts
+    got = statistics.median(found.samples[rivals.OURS])
+    outcome = "reached" if got <= work.most else f"not reached: {got / work.most:.2f} times it"
+    return [*texts, f"at most {figure(work, work.most)} {UNITS[work.kind]}: {outcome}"]
 
 
 def goal_text(goal: Goal, found: Figures) -> str:
@@ -106,10 +116,11 @@ def summary(results: Mapping[Work, Figures]) -> str:
     """Return one line for each goal of all works, and the memory."""
     lines = ["| work | qcowfs, median | goal and what was got |", "|---|---:|---|"]
     for work, found in results.items():
-        if not work.goals:
+        texts = goal_texts(work, found)
+        if not texts:
             continue
         middle = f"{three(work, found, rivals.OURS)[1]} {UNITS[work.kind]}"
-        lines += [f"| {work.title} | {middle} | {goal_text(goal, found)} |" for goal in work.goals]
+        lines += [f"| {work.title} | {middle} | {text} |" for text in texts]
     peaks = most_memory(found.memory for found in results.values())
     if rivals.OURS in peaks:
         lines.append(memory_line(peaks[rivals.OURS]))

@@ -10,6 +10,8 @@ from bench.rivals import EMPTY, LIMIT, OURS, OWN_PLAIN, PEERS, PLAIN_PATH, RAW
 RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE = "random", "sequential", "grep", "copy", "first-byte"
 FIND, COPY_ALL, FIRST_LIST = "find", "copy-all", "first-list"
 INSIDE = (FIND, COPY_ALL, FIRST_LIST)  # works with the files inside an image: bench/trees.py
+DIFF = "diff"  # comparing two points byte by byte: bench/blocks.py
+COMPARE, CMP = "qemu-img compare", "cmp -l over the mount"
 LOOP, FUSE2FS, GUESTMOUNT = "loop mount of NAME.raw", "fuse2fs", "guestmount"
 TITLES = {
     "plain": "plain image",
@@ -24,10 +26,12 @@ TITLES = {
     "12tib": "12 TiB virtual, 20,480 L2 tables",
     "thousand": "1,000 snapshots",
     "ext4": "ext4",
+    "churn": "two snapshots, 2 % written between them",
+    "1tib": "1 TiB virtual, 1 GiB of data, and its copy",
 }
 UNITS = {
     **{RANDOM: "reads/s", SEQUENTIAL: "MiB/s", GREP: "s", COPY: "s", FIRST_BYTE: "ms"},
-    **{FIND: "s", COPY_ALL: "s", FIRST_LIST: "ms"},
+    **{FIND: "s", COPY_ALL: "s", FIRST_LIST: "ms", DIFF: "s"},
 }
 MEMORY_GOAL = 96 << 20  # bytes of the daemon at its peak, over all works
 
@@ -37,11 +41,12 @@ class Work:
     """One table of figures.
 
     Attributes:
-        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, or one of INSIDE.
+        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, DIFF, or one of INSIDE.
         image: a recipe's name in bench/images.py.
         goals: what the project promises; empty where a work only shows something.
         references: rivals beside qcowfs and its peers.
         jobs: readers at once.
+        most: what the median of qcowfs must not exceed, in the work's unit; 0: nothing is promised.
         cold: drop what the kernel keeps of the rival's file before each turn.
     """
 
@@ -50,6 +55,7 @@ class Work:
     goals: tuple[Goal, ...] = ()
     references: tuple[str, ...] = ()
     jobs: int = 1
+    most: float = 0
     cold: bool = True
 
     @property
@@ -66,12 +72,13 @@ class Work:
             FIND: f"find -ls of all files inside: {image}",
             COPY_ALL: f"cp -a of all files inside: {image}",
             FIRST_LIST: f"mount to first listing of the files inside: {image}",
+            DIFF: f"where two points differ: {image}",
         }[self.kind]
 
     @property
     def rivals(self) -> tuple[str, ...]:
         """Return the names of those that are compared."""
-        return self.references if self.kind in INSIDE else (OURS, PLAIN_PATH, *PEERS, *self.references)
+        return self.references if self.kind in (DIFF, *INSIDE) else (OURS, PLAIN_PATH, *PEERS, *self.references)
 
     def is_asked_for(self, words: list[str]) -> bool:
         """Return whether it fits one of the words: KIND, IMAGE, KIND-IMAGE, "inside"; IMAGE means its reads alone."""
@@ -117,5 +124,7 @@ WORKS = [
     Work(GREP, "ext4", GREP_GOALS, (RAW,), cold=False),
     Work(COPY, "half", peers(1.6), (RAW,)),
     *(Work(FIRST_BYTE, image, SOON, (EMPTY,)) for image in ("plain", "thousand", "12tib")),
+    Work(DIFF, "churn", (Goal(COMPARE, 20.0), Goal(CMP, 20.0)), (OURS, COMPARE, CMP)),
+    Work(DIFF, "1tib", references=(OURS, COMPARE), most=2.0),
     *(Work(kind, "ext4", references=(OURS, LOOP, FUSE2FS, GUESTMOUNT)) for kind in INSIDE),
 ]

@@ -31,5 +31,9 @@ cdef struct disk_t:
 cdef int disk_resolve(
     const disk_t* disk, uint64_t offset, uint64_t length, resolved_t* resolved, fault_t* fault) noexcept nogil
 
+# The same without remembering it, and for longer ranges at once: for who asks only once, from the start to the end.
+cdef int resolve_by_layers(
+    const disk_t* disk, uint64_t offset, uint64_t length, resolved_t* resolved, fault_t* fault) noexcept nogil
+
 # log2 of the bytes to remember together for these layers.
 cdef uint32_t range_bits_of(layer_t** layers, uint32_t count) noexcept nogil

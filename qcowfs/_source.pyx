@@ -8,6 +8,7 @@ No file is mapped into memory: a file that is cut while it is mapped would kill 
 """
 
 import os
+import stat
 
 from libc.errno cimport EBADF, EINTR, EINVAL, EIO, ENXIO, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -62,6 +63,14 @@ cdef class Source:
             raise OSError(-got, os.strerror(-got), self.name)
         return data if got == length else data[:got]
 
+    def place(self):
+        """Return what is equal for two sources if they are the same bytes of the host, by whatever names.
+
+        Raises:
+            OSError: the file's status cannot be had.
+        """
+        return self.c.identity
+
     def close(self):
         """Give back what the source holds; reading it afterwards is an error."""
 
@@ -81,6 +90,12 @@ cdef class FileSource(Source):
         if self.c.fd < 0:
             raise ValueError("the source is closed")
         return self.c.fd
+
+    def place(self):
+        status = os.fstat(self.fileno())
+        if stat.S_ISBLK(status.st_mode):  # one device may have two nodes
+            return -1, status.st_rdev
+        return status.st_dev, status.st_ino
 
     def close(self):
         if self.c.fd >= 0:
@@ -107,6 +122,9 @@ cdef class SliceSource(Source):
         self.c.pread = slice_pread
         self.c.status = slice_status
         self.c.end = slice_end
+
+    def place(self):
+        return self.base.place(), self.c.start, self.c.room
 
     def close(self):
         self.base.close()

@@ -78,6 +78,12 @@ cdef int layer_map(
     const layer_t* layer, cache_t* cache, uint64_t offset, uint64_t length,
     mapping_t* mapping, fault_t* fault) noexcept nogil
 
+# Where the L2 table for `offset` is in the layer's source (0: there is none), and how far at most, `length` being cut
+# down, that answer goes. Not of a raw layer. Returns 0, or -1 with `fault`'s rule, error and host offset.
+cdef int layer_l2_table(
+    const layer_t* layer, cache_t* cache, uint64_t offset, uint64_t* length, uint64_t* l2_offset,
+    fault_t* fault) noexcept nogil
+
 # log2 of the bytes that one answer covers: a subcluster with extended L2 entries, else a cluster. Not of a raw layer.
 cdef uint32_t unit_bits(const layer_t* layer) noexcept nogil
 

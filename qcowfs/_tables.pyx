@@ -106,22 +106,28 @@ cdef int layer_map(
 cdef int map_through_l1(
     const layer_t* layer, cache_t* cache, uint64_t offset, uint64_t length,
     mapping_t* mapping, fault_t* fault) noexcept nogil:
-    cdef uint32_t reach_bits = layer.cluster_bits + layer.l2_bits  # one L1 entry covers this many bits of offset
-    cdef uint64_t index = offset >> reach_bits
     cdef uint64_t l2_offset
-    cdef uint64_t run
-    if index >= layer.l1_entries:  # a snapshot's L1 may be shorter than its disk: the rest is unallocated
-        mapping.type = UNALLOCATED
-        mapping.length = length
-        return 0
-    run = empty_l1_run(layer, cache, index, &l2_offset, fault)
-    if run == 0:
+    mapping.length = length
+    if layer_l2_table(layer, cache, offset, &mapping.length, &l2_offset, fault) < 0:
         return -1
-    mapping.length = min(length, ((index + run) << reach_bits) - offset)
     if l2_offset == 0:
         mapping.type = UNALLOCATED
         return 0
     return map_through_l2(layer, cache, l2_offset, offset, mapping, fault)
+
+
+cdef int layer_l2_table(
+    const layer_t* layer, cache_t* cache, uint64_t offset, uint64_t* length, uint64_t* l2_offset,
+    fault_t* fault) noexcept nogil:
+    cdef uint32_t reach_bits = layer.cluster_bits + layer.l2_bits  # one L1 entry covers this many bits of offset
+    cdef uint64_t index = offset >> reach_bits
+    cdef uint64_t run = 1
+    l2_offset[0] = 0
+    if index >= layer.l1_entries:  # a snapshot's L1 may be shorter than its disk: the rest is unallocated
+        return 0
+    run = empty_l1_run(layer, cache, index, l2_offset, fault)
+    length[0] = min(length[0], ((index + max(run, <uint64_t>1)) << reach_bits) - offset)
+    return 0 if run > 0 else -1
 
 
 cdef uint64_t empty_l1_run(

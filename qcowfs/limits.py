@@ -44,6 +44,8 @@ DEFAULT_CACHE_SIZE = 32 << 20  # L1/L2 slices and decompressed clusters of one m
 TABLE_SLICE_SIZE = 1024  # tables are read and cached in such slices: of 20,000 L2 tables all fit that are in use
 MAX_COUNTED_TABLES = 64 << 20  # bytes of L2 tables that one mount walks to answer st_blocks exactly; then an estimate
 MAX_LISTED_TABLES = 1 << 30  # the same for `list` and `info`, which a person waits for
+MAX_GRANULARITY = 1 << 30  # bytes that `diff` tells apart as one; what is coarser says nothing of a disk
+MAX_LISTED_FAULTS = 1000  # ranges that `diff` says it cannot read, one by one; then only how many more there are
 
 MAX_PARTITIONS = 255  # Linux: the most that one disk has
 MAX_GPT_ARRAY = 4 << 20  # Linux: bytes of all entries; what is usual is 16 KiB

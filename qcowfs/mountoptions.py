@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from qcowfs import limits
 from qcowfs.errors import UsageError, printable
 
-__all__ = ["KNOWN", "MountOptions", "cache_size", "parse"]
+__all__ = ["KNOWN", "MountOptions", "byte_count", "cache_size", "parse"]
 
 _FLAGS = {
     "allow_other": "allow_other",
@@ -121,12 +121,17 @@ def cache_size(text: str) -> int:
     Raises:
         UsageError: it is no size, or not one that a cache can have.
     """
-    match = _SIZE.fullmatch(text)
-    size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
+    size = byte_count(text)
     if not limits.MIN_CACHE_SIZE <= size <= limits.MAX_CACHE_SIZE:
         hint = f"from {limits.MIN_CACHE_SIZE >> 20}M on, with K, M or G behind it"
         raise UsageError(f"'{printable(text)}' is not a size for the cache", hint=hint)
     return size
+
+
+def byte_count(text: str) -> int:
+    """Return the bytes that a number stands for, with K, M or G behind it or without; 0 if it is none."""
+    match = _SIZE.fullmatch(text)
+    return int(match[1]) * _UNITS[match[2].upper()] if match else 0
 
 
 def _take(word: str, found: _Found) -> bool:

@@ -20,6 +20,7 @@ FILES = {
 }
 COMPLETED_AS = {
     "image": shtab.FILE,
+    "old": shtab.FILE,  # of diff: another image, or a point
     "others": shtab.FILE,
     "log_file": shtab.FILE,
     "mountpoint": shtab.DIR,

@@ -50,8 +50,8 @@ function _shtab_qcowfs_using
   test "$_shtab_qcowfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_qcowfs_commands mount umount list ls cat info map
-set -g _shtab_qcowfs_opts_with_value --allow-backing --cache-size --image-format --log-file --with -o
+set -g _shtab_qcowfs_commands mount umount list ls cat info map diff
+set -g _shtab_qcowfs_opts_with_value --allow-backing --cache-size --granularity --image-format --log-file --new-format --with -o
 
 complete -c qcowfs -e
 complete -c qcowfs -f
@@ -122,3 +122,14 @@ complete -c qcowfs -n '_shtab_qcowfs_using map' -l image-format -xka "qcow2 qcow
 complete -c qcowfs -n '_shtab_qcowfs_using map' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
 complete -c qcowfs -n '_shtab_qcowfs_using map' -l json -d 'print one JSON document, for programs'
 complete -c qcowfs -n '_shtab_qcowfs_using map; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
+complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a diff -d 'Print where two points differ.'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -s h -l help -d 'show this help message and exit'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l blocks -d 'compare the disks byte by byte'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l granularity -x -d 'bytes that differ or are the same as a whole, a power of two, K or M behind it; 1 is exact (default: 4096)'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l new-format -xka "qcow2 qcow raw" -d 'the format of the second image, if it is another one'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l json -d 'print one JSON document, for programs'
+complete -c qcowfs -n '_shtab_qcowfs_using diff; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image, qcow version 1 or raw; with two arguments, IMAGE:OLD'
+complete -c qcowfs -n '_shtab_qcowfs_using diff; and test $_shtab_qcowfs_npos -eq 1' -ka "(__fish_complete_path (commandline -ct))" -d 'a name of qcowfs list, an id or a snapshot'"'"'s name; with two arguments, IMAGE:NEW'

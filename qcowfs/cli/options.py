@@ -10,7 +10,7 @@ import logging
 
 from qcowfs import chain, gate
 
-__all__ = ["add_image_options", "add_inside_options", "add_json_option", "open_chain"]
+__all__ = ["add_image_options", "add_inside_options", "add_json_option", "add_opening_options", "open_chain"]
 
 logger = logging.getLogger("qcowfs")
 
@@ -18,6 +18,11 @@ logger = logging.getLogger("qcowfs")
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Add IMAGE and how it may be opened."""
     parser.add_argument("image", metavar="IMAGE", help="a qcow2 image; qcow version 1 and raw work too")
+    add_opening_options(parser)
+
+
+def add_opening_options(parser: argparse.ArgumentParser) -> None:
+    """Add how an image may be opened."""
     parser.add_argument(
         "--allow-backing",
         metavar="DIR|any",
@@ -51,14 +56,14 @@ def add_inside_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_chain(args: argparse.Namespace, other: str | None = None) -> chain.Chain:
+def open_chain(args: argparse.Namespace, other: str | None = None, *, other_format: str | None = None) -> chain.Chain:
     """Open the image that `args` names, or another one, with what it is based on; warnings go to the log.
 
     Raises:
         QcowfsError: it cannot be opened, or is not allowed to be.
     """
     policy = gate.load_policy(args.allow_backing)
-    image, image_format = (args.image, args.image_format) if other is None else (other, None)
+    image, image_format = (args.image, args.image_format) if other is None else (other, other_format)
     opened = chain.open_chain(image, policy, lock=not args.no_lock, image_format=image_format)
     for warning in opened.warnings:
         logger.warning("%s", warning)

@@ -14,7 +14,7 @@ from qcowfs.errors import PointNotFound, printable
 from qcowfs.snapshot import Point, points
 from qcowfs.vfs import names
 
-__all__ = ["find_place", "find_point", "named_points"]
+__all__ = ["find_named", "find_place", "find_point", "named_points", "split_image"]
 
 
 def named_points(chain: Chain) -> list[tuple[str, Point]]:
@@ -23,10 +23,31 @@ def named_points(chain: Chain) -> list[tuple[str, Point]]:
     return list(zip(names.assign(found), found, strict=True))
 
 
-def find_point(chain: Chain, text: str) -> Point:
-    """Return the point that `text` means: its name in the mount, else a snapshot's id, else a snapshot's own name.
+def split_image(text: str) -> tuple[str, str | None]:
+    """Return IMAGE and POINT of IMAGE:POINT, None for POINT where there is only IMAGE.
 
-    The id goes before the name, as in `qemu-img snapshot -a`; both are looked for in the image itself first.
+    Both may have colons: the longest text before a colon that is the name of a file is IMAGE.
+    """
+    words = text.split(":")
+    images = [":".join(words[:count]) for count in range(len(words), 0, -1)]
+    image = next((image for image in images if os.path.lexists(image)), words[0])
+    return image, text[len(image) + 1 :] if len(image) < len(text) else None
+
+
+def find_point(chain: Chain, text: str) -> Point:
+    """Return the point that `text` means.
+
+    Raises:
+        PointNotFound: there is none, or more than one.
+    """
+    return find_named(chain, text)[1]
+
+
+def find_named(chain: Chain, text: str) -> tuple[str, Point]:
+    """Return the point that `text` means, with its name in the mount.
+
+    `text` is that name, else a snapshot's id, else a snapshot's own name. The id goes before the name, as in `qemu-img
+    snapshot -a`; both are looked for in the image itself first.
 
     Raises:
         PointNotFound: there is none, or more than one.
@@ -35,7 +56,7 @@ def find_point(chain: Chain, text: str) -> Point:
     found = _meant(chain, named, text)
     if found is None:
         raise _not_found(chain, named, text)
-    return found[1]
+    return found
 
 
 def find_place(chain: Chain, text: str) -> tuple[str, Point, str]:

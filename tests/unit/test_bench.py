@@ -99,6 +99,15 @@ def test_a_work_in_which_qcowfs_was_left_out_still_has_its_table() -> None:
     assert work.title not in report.summary({work: found})
 
 
+@pytest.mark.parametrize(("seconds", "outcome"), [(2.0, "reached"), (3.0, "not reached: 1.50 times it")])
+def test_a_work_may_promise_a_time(seconds: float, outcome: str) -> None:
+    work = next(work for work in WORKS if work.most == 2.0)
+    found = Figures(False, samples={"qcowfs": [seconds]})
+
+    assert f"Goal: at most 2.00 s: {outcome}." in report.table(work, found)
+    assert f"| {seconds:.2f} s | at most 2.00 s: {outcome} |" in report.summary({work: found})
+
+
 def test_a_scattered_image_is_what_qemu_reads(tmp_path: Path) -> None:
     need("qemu-img")
     base, top, raw = tmp_path / "base.qcow2", tmp_path / "top.qcow2", tmp_path / "raw"
