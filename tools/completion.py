@@ -21,7 +21,10 @@ FILES = {
 COMPLETED_AS = {
     "image": shtab.FILE,
     "others": shtab.FILE,
+    "out": shtab.FILE,
+    "backing": shtab.FILE,
     "log_file": shtab.FILE,
+    "all": shtab.DIR,
     "mountpoint": shtab.DIR,
     "mountpoints": shtab.DIR,
 }

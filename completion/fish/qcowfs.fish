@@ -50,8 +50,8 @@ function _shtab_qcowfs_using
   test "$_shtab_qcowfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_qcowfs_commands mount umount list ls cat info map
-set -g _shtab_qcowfs_opts_with_value --allow-backing --cache-size --image-format --log-file --with -o
+set -g _shtab_qcowfs_commands mount umount list ls cat info map export
+set -g _shtab_qcowfs_opts_with_value --all --allow-backing --backing --backing-format --cache-size --compression --image-format --log-file --since --with -O -o
 
 complete -c qcowfs -e
 complete -c qcowfs -f
@@ -122,3 +122,20 @@ complete -c qcowfs -n '_shtab_qcowfs_using map' -l image-format -xka "qcow2 qcow
 complete -c qcowfs -n '_shtab_qcowfs_using map' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
 complete -c qcowfs -n '_shtab_qcowfs_using map' -l json -d 'print one JSON document, for programs'
 complete -c qcowfs -n '_shtab_qcowfs_using map; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
+complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a export -d 'Write a point to a file of its own, or all points to a chain of files.'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -s h -l help -d 'show this help message and exit'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -s O -xka "raw qcow2" -d 'the format of OUT (default: raw; qcow2 for overlays)'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l since -x -d 'make OUT an overlay with what changed since the point OLDER'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l backing -xka "(__fish_complete_path (commandline -ct))" -d 'the file that holds OLDER, as OUT is to name it'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l backing-format -xka "qcow2 raw" -d 'the format of that file (default: qcow2)'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l all -xka "(__fish_complete_directories)" -d 'write every point to a file in DIR, as a chain'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -s c -d 'compress, on all processors'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l compression -xka "zlib zstd" -d 'how (default: zlib); implies -c'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l force -d 'replace files that exist'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l keep-going -d 'write zeros where something cannot be read, and name it'
+complete -c qcowfs -n '_shtab_qcowfs_using export' -l json -d 'print one JSON document, for programs'
+complete -c qcowfs -n '_shtab_qcowfs_using export; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
+complete -c qcowfs -n '_shtab_qcowfs_using export; and test $_shtab_qcowfs_npos -eq 2' -ka "(__fish_complete_path (commandline -ct))" -d 'the file to make; - for standard output'
