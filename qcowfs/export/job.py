@@ -25,6 +25,7 @@ from qcowfs.snapshot import Point, open_disk
 
 __all__ = ["Form", "Watch", "Written", "export", "require_frozen", "require_unchanged"]
 
+MIB = 1 << 20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 Watch = Callable[[Callable[[], int]], Report | None]  # gets what counts the bytes to come, if somebody wants to know
@@ -154,8 +155,6 @@ def _cannot_write(path: str, copy: Copy, error: OSError) -> QcowfsError:
     """Zeros and compression may make less of what is left, so that is the most that can be missing."""
     what = f"{printable(path)}: cannot write: {error.strerror}"
     if error.errno in NO_ROOM:
-        missing = copy.total() - copy.done
-        what += (
-            f": up to {missing} bytes ({missing / (1 << 20):.1f} MiB) more were to be written; nothing is left of it"
-        )
+        missing = (copy.total() - copy.done) / MIB
+        what += f": up to {missing:.1f} MiB more would be needed; the half file is removed"
     return QcowfsError(what)
