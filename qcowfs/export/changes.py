@@ -20,16 +20,18 @@ BLIND = 65536  # bytes that are taken for different at once, where a table canno
 
 
 def data_ranges(disk: Disk) -> Iterator[Range]:
-    """Yield what holds data, in order; what cannot be resolved counts as data."""
+    """Yield what holds data, in order; what cannot be resolved counts as data.
+
+    Empty ranges come in between, so that whoever asks can stop asking: to look through a large hole takes a while.
+    """
     offset = 0
     while offset < disk.virtual_size:
         start, offset = find_data(disk, offset)
-        if start < offset:
-            yield start, offset
+        yield start, offset
 
 
 def changed_ranges(old: Disk, new: Disk) -> Iterator[Range]:
-    """Yield the ranges of `new` that may differ from `old`, in order.
+    """Yield the ranges of `new` that may differ from `old`, in order, and empty ones for those that do not.
 
     Ranges that both take from the same place of the same layer are the same, and so are those that hold no data in
     either. Past its end `old` counts as zeros.
@@ -39,13 +41,12 @@ def changed_ranges(old: Disk, new: Disk) -> Iterator[Range]:
     while offset < new.virtual_size:
         before, now = olds.at(offset), news.at(offset)
         end = min(_end(before), _end(now))
-        if not _same(before, now, offset):
-            yield offset, end
+        yield offset, offset if _same(before, now, offset) else end
         offset = end
 
 
 def pieces(ranges: Iterable[Range], unit: int, most: int, virtual_size: int) -> Iterator[Range]:
-    """Yield `ranges` in whole units, none of them twice, cut at multiples of `most`.
+    """Yield `ranges` in whole units, none of them twice, cut at multiples of `most`; empty ones as they are.
 
     Args:
         unit, most: bytes; `most` is a multiple of `unit`.
@@ -53,6 +54,9 @@ def pieces(ranges: Iterable[Range], unit: int, most: int, virtual_size: int) -> 
     """
     done = 0
     for start, end in ranges:
+        if start == end:
+            yield start, end
+            continue
         start = max(done, start // unit * unit)
         done = max(done, -(-end // unit) * unit)
         while start < done:

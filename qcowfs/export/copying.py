@@ -65,9 +65,9 @@ class Copy:
         self._old = old
         self._writer = writer
         self._keep_going = keep_going
+        self._error: BaseException | None = None
         self._lock = threading.Lock()  # for all below
         self._pieces = self._all_pieces()
-        self._error: BaseException | None = None
         self.done = 0
         self.unreadable: list[Unreadable] = []
 
@@ -104,12 +104,16 @@ class Copy:
         return pieces(ranges, self._writer.unit, PIECE, self._disk.virtual_size)
 
     def _fail(self, error: BaseException) -> None:
-        with self._lock:
-            self._error = self._error or error
+        """Keep the first error, or one of the first. Without the lock: what holds it may look through a large hole."""
+        self._error = self._error or error
 
     def _next(self) -> Range | None:
         with self._lock:
-            return None if self._error is not None else next(self._pieces, None)
+            while self._error is None:
+                piece = next(self._pieces, None)
+                if piece is None or piece[0] < piece[1]:
+                    return piece
+        return None
 
     def _work(self) -> None:
         new, old = bytearray(PIECE), bytearray(PIECE if self._old is not None else 0)
@@ -203,7 +207,8 @@ def stream(
     waiting: deque[Future[tuple[int, bytearray, list[Unreadable]]]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         for start, end in pieces(data_ranges(disk), BLOCK, PIECE, disk.virtual_size):
-            waiting.append(pool.submit(fetch, start, end))
+            if start < end:
+                waiting.append(pool.submit(fetch, start, end))
             if len(waiting) > 2 * WORKERS:
                 take(waiting.popleft())
         while waiting:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -131,6 +132,22 @@ def test_a_chain_of_points_that_shrink_and_grow(tmp_path: Path) -> None:
     assert 0 == cli.main(["export", "--all", str(directory), str(image)])
     for name, content in expected.items():
         assert_is(directory / f"{name}.qcow2", content, name)
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_compressed_clusters_of_every_length(tmp_path: Path, compression: str) -> None:
+    """Own fixture: streams that lie in two clusters, clusters that do not shrink."""
+    need("qemu-img")
+    image, out = tmp_path / "image.raw", tmp_path / "out"
+    generator = random.Random(1)
+    clusters = [generator.randbytes(length).ljust(CLUSTER, b"\1") for length in range(0, CLUSTER + 1, 3 * SECTOR)]
+    image.write_bytes(b"".join(clusters))
+    words = ["export", "--image-format", "raw", "-O", "qcow2", "--compression", compression]
+
+    assert 0 == cli.main([*words, str(image), "current", str(out)])
+    assert_is(out, image.read_bytes(), compression)
+    said = json.loads(qemu("qemu-img", "check", "--output=json", "-f", "qcow2", out).stdout)
+    assert len(clusters) // 2 < said["compressed-clusters"] < len(clusters)
 
 
 def test_refcounts_of_more_than_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
