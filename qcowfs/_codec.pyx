@@ -1,11 +1,13 @@
 # cython: language_level=3, cdivision=True
 # distutils: libraries = deflate z zstd
-"""Decompression of one compressed cluster: raw deflate and zstd.
+"""Decompression of one compressed cluster, raw deflate and zstd; and compression by zstd, which Python 3.11 has not.
 
-Used by `_core`. Any number of threads; contexts wait in two small pools between calls. Output is bounded by the
-cluster and input by its descriptor, so nothing in the data can make a call take more.
+Used by `_core`, and by export/ for what it writes. Any number of threads; contexts of decompression wait in two small
+pools between calls. Output is bounded by the cluster and input by its descriptor, so nothing in the data can make a
+call take more.
 """
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
@@ -16,12 +18,14 @@ from qcowfs.clib.deflate cimport (
 from qcowfs.clib.pthread cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from qcowfs.clib.zlib cimport Z_BUF_ERROR, Z_FINISH, Z_OK, Z_STREAM_END, inflate, inflateEnd, inflateInit2, z_stream
 from qcowfs.clib.zstd cimport (
-    ZSTD_createDCtx, ZSTD_DCtx, ZSTD_decompressDCtx, ZSTD_findFrameCompressedSize, ZSTD_freeDCtx, ZSTD_isError,
+    ZSTD_compress, ZSTD_createDCtx, ZSTD_DCtx, ZSTD_decompressDCtx, ZSTD_findFrameCompressedSize, ZSTD_freeDCtx,
+    ZSTD_isError,
 )
 
 cdef enum:
     POOL_ROOM = 8  # contexts kept for the next call; more threads than this at once make and free their own
     DEFLATE_WINDOW_BITS = -12  # raw deflate with the window that QEMU writes
+    ZSTD_LEVEL = 3  # zstd's own default, and QEMU's
 
 
 cdef struct pool_t:
@@ -124,3 +128,17 @@ cdef int decompress_frames(
         used += frame
         made += got
     return 0
+
+
+def compress_zstd(const unsigned char[::1] cluster not None):
+    """Return `cluster` as one zstd frame, compressed without the GIL; None if that is not shorter."""
+    cdef size_t length = <size_t>cluster.shape[0]
+    cdef size_t made
+    cdef bytes room
+    if length == 0:
+        return None
+    room = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>length - 1)
+    cdef char* output = PyBytes_AS_STRING(room)
+    with nogil:
+        made = ZSTD_compress(output, length - 1, &cluster[0], length, ZSTD_LEVEL)
+    return None if ZSTD_isError(made) else room[:<Py_ssize_t>made]

@@ -24,6 +24,10 @@ cdef uint64_t disk_preload(disk_t* disk, uint64_t offset, uint64_t end) noexcept
 # not a hole.
 cdef int disk_seek(const disk_t* disk, uint64_t offset, uint64_t end, bint data, uint64_t* found) noexcept nogil
 
+# Does the range at `offset` hold data? `length` says up to where, `end` at most. What cannot be resolved
+# counts as data.
+cdef bint holds_data(const disk_t* disk, uint64_t offset, uint64_t end, uint64_t* length) noexcept nogil
+
 # Was something found that nobody was warned of? Then it is for Disk.warn_past_end, with the GIL.
 cdef bint disk_has_warning(const disk_t* disk) noexcept nogil
 

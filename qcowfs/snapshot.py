@@ -6,6 +6,7 @@ and which of them stay as they are. Sizes that need a walk of tables are in `siz
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,6 +102,20 @@ def _snapshot_point(layer: Layer, entry: SnapshotEntry, *, frozen: bool) -> Poin
         date_ns=entry.date_sec * NANOSECONDS + entry.date_nsec,
         frozen=frozen,
     )
+
+
+def newness(point: Point) -> tuple[int, int, bool, int]:
+    """Return a key that grows with a point's date, for sorting.
+
+    At the same date the one nearest to the active state is the newer: the upper layer; in one layer its active state
+    before its snapshots, and of those the one added to the table last.
+    """
+    return point.date_ns, -point.depth, point.entry is None, point.entry.ordinal if point.entry else 0
+
+
+def by_age(found: Iterable[Point]) -> list[Point]:
+    """Return points from the oldest to the newest; the image's own active state is the newest, whatever its date."""
+    return sorted(found, key=lambda point: (point.kind == "active", newness(point)))
 
 
 def open_disk(chain: Chain, point: Point, cache: Cache, identity: int = 0) -> Disk:

@@ -22,7 +22,10 @@ COMPLETED_AS = {
     "image": shtab.FILE,
     "old": shtab.FILE,  # of diff: another image, or a point
     "others": shtab.FILE,
+    "out": shtab.FILE,
+    "backing": shtab.FILE,
     "log_file": shtab.FILE,
+    "all": shtab.DIR,
     "mountpoint": shtab.DIR,
     "mountpoints": shtab.DIR,
 }

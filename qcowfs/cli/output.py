@@ -82,7 +82,7 @@ def name_text(raw: bytes) -> bytes:
     return printable(raw).encode(sys.stdout.encoding, "backslashreplace")
 
 
-def write_bytes(data: bytes) -> None:
+def write_bytes(data: bytes | bytearray | memoryview) -> None:
     """Write to standard output, which must get either all of its output as bytes or none.
 
     Raises:

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from qcowfs.snapshot import Point
 
-__all__ = ["ACTIVE", "LATEST", "SUFFIX", "assign", "escape"]
+__all__ = ["ACTIVE", "LATEST", "SUFFIX", "assign", "escape", "file_name"]
 
 ACTIVE = "current"
 LATEST = "latest"
 SUFFIX = ".raw"
-NAME_ROOM = 255 - len(SUFFIX)  # bytes; Linux's NAME_MAX, so that NAME.raw fits too
+NAME_MAX = 255  # bytes; Linux's
+NAME_ROOM = NAME_MAX - len(SUFFIX)  # so that NAME.raw fits too
 _HASH_ROOM = 1 + 8  # "~" and 8 hexadecimal digits
 _RESERVED = frozenset({ACTIVE, LATEST})
 _PARTIAL_ESCAPE = re.compile(r"%[0-9A-F]?\Z")
@@ -49,6 +50,14 @@ def assign(points: Sequence[Point]) -> tuple[str, ...]:
     wishes = [_wish(point, stems) for point in points]
     contested = _contested(wishes)
     return _made_unique([_with_id(wish) if ask else wish.text for wish, ask in zip(wishes, contested, strict=True)])
+
+
+def file_name(name: str, suffix: str) -> str:
+    """Return NAME with another suffix than ".raw"; where that does not fit, cut, with a hash of all of NAME."""
+    room = NAME_MAX - len(suffix)
+    if len(name.encode()) <= room:
+        return name + suffix
+    return f"{_cut(name, room - _HASH_ROOM)}~{blake2b(name.encode(), digest_size=4).hexdigest()}{suffix}"
 
 
 def escape(raw: bytes) -> str:

@@ -1,0 +1,94 @@
+# cython: language_level=3, cdivision=True
+"""The inner loops of an export, without the GIL: find the data of a disk, read it, see what is to be written.
+
+Used by export/. Any number of threads, each with buffers of its own.
+"""
+
+from cython cimport boundscheck, wraparound
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcmp, memset
+
+from qcowfs._core cimport Disk, disk_has_warning, disk_read, holds_data
+from qcowfs._tables cimport fault_t
+
+cdef enum:
+    STEPS = 1 << 16  # clusters that one call looks at: some milliseconds, and then Python may be interrupted
+    SAME = 0  # the kinds of classify()
+    ZEROS = 1
+    DATA = 2
+
+
+def find_data(Disk disk not None, uint64_t offset):
+    """Return (start, end), the first range at `offset` or after it that holds data; what cannot be resolved counts.
+
+    The search gives up after STEPS clusters: then start and end are the same, and it goes on from there. Both are the
+    virtual size where nothing is left.
+    """
+    cdef uint64_t start = offset
+    cdef uint64_t size = disk.c.virtual_size
+    cdef uint64_t length = 0
+    cdef uint64_t end
+    cdef uint32_t steps = 0
+    with nogil:
+        while start < size and steps < STEPS and not holds_data(&disk.c, start, size, &length):
+            start += length
+            steps += 1
+        end = start
+        while end < size and steps < STEPS and holds_data(&disk.c, end, size, &length):
+            end += length
+            steps += 1
+    return start, end
+
+
+@boundscheck(False)  # the buffer is not empty where it is used
+@wraparound(False)
+def read_into(Disk disk not None, uint64_t offset, unsigned char[::1] buffer not None):
+    """Fill `buffer` with what is at `offset`; with zeros where the disk has ended.
+
+    Raises:
+        ReadFault: some of the range cannot be read right; the buffer holds anything then.
+    """
+    cdef uint64_t size = disk.c.virtual_size
+    cdef uint64_t room = <uint64_t>buffer.shape[0]
+    cdef uint64_t length = min(room, size - offset) if offset < size else 0
+    cdef fault_t fault
+    cdef int status
+    if room == 0:
+        return
+    with nogil:
+        status = disk_read(&disk.c, <char*>&buffer[0], offset, length, &fault)
+        memset(&buffer[0] + length, 0, room - length)
+    if disk_has_warning(&disk.c):
+        disk.warn_past_end()
+    if status < 0:
+        raise disk.read_fault(&fault)
+
+
+@boundscheck(False)  # every unit lies within both buffers: their lengths are compared first
+@wraparound(False)
+def classify(const unsigned char[::1] new not None, const unsigned char[::1] old, Py_ssize_t unit):
+    """Return one byte for each `unit` bytes of `new`: 0 as in `old`, 1 zeros that differ from it, 2 data.
+
+    Args:
+        old: as long as `new`; None: zeros.
+        unit: divides the length.
+    """
+    cdef Py_ssize_t count = new.shape[0] // unit
+    cdef size_t size = <size_t>unit
+    cdef bint compared = old is not None
+    cdef Py_ssize_t number
+    cdef const unsigned char* place
+    cdef bytearray kinds = bytearray(count)
+    cdef unsigned char[::1] kind = kinds
+    if new.shape[0] % unit or (compared and old.shape[0] != new.shape[0]):
+        raise ValueError("the buffers do not fit together")
+    with nogil:
+        for number in range(count):
+            place = &new[number * unit]
+            if compared and memcmp(place, &old[number * unit], size) == 0:
+                kind[number] = SAME
+            elif place[0] == 0 and memcmp(place, place + 1, size - 1) == 0:
+                kind[number] = <unsigned char>(ZEROS if compared else SAME)
+            else:
+                kind[number] = DATA
+    return kinds

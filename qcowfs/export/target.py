@@ -1,0 +1,117 @@
+"""The file that an export makes: under a temporary name beside its own until it is complete, or gone.
+
+Used by job.py. One thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Collection
+from contextlib import suppress
+from types import TracebackType
+
+from qcowfs.chain import Chain
+from qcowfs.errors import QcowfsError, SourceError, UsageError, printable
+
+__all__ = ["Target", "require_free"]
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
+
+
+def require_free(path: str, chain: Chain, *, force: bool) -> None:
+    """Refuse `path` if writing it would destroy what nobody wants destroyed.
+
+    Raises:
+        UsageError: it is a directory, a device, a file of `chain`, or any file at all without `force`.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        status = None
+    except OSError as error:
+        raise SourceError.from_oserror(path, "cannot write", error) from error
+    shown = printable(path)
+    if status is not None and (status.st_dev, status.st_ino) in _files_of(chain):
+        raise UsageError(f"{shown}: is a file of the image itself")
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        what = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise UsageError(f"{shown}: is {what}", hint="- as the output writes a raw disk to standard output")
+    if os.path.lexists(path) and not force:
+        raise UsageError(f"{shown}: exists already", hint="--force replaces it")
+
+
+class Target:
+    """A file that appears under its name when the `with` block ends well, and leaves nothing behind if it does not.
+
+    Args:
+        path: the name; a symbolic link of that name is replaced, not followed.
+        force: something else of that name may be replaced.
+
+    Attributes:
+        descriptor: for writing.
+
+    Raises:
+        SourceError: it cannot be made.
+    """
+
+    def __init__(self, path: str, *, force: bool) -> None:
+        self.path = path
+        self._force = force
+        self._temporary = os.path.join(os.path.dirname(path), f".qcowfs-export-{secrets.token_hex(8)}")
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.descriptor = os.open(self._temporary, flags, 0o666)
+        except OSError as error:
+            raise SourceError.from_oserror(path, "cannot write", error) from error
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._complete()
+        finally:
+            os.close(self.descriptor)
+            with suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+
+    def _complete(self) -> None:
+        """Put the file on the disk first, then its name: after a crash there is all of it or nothing."""
+        os.fsync(self.descriptor)
+        if self._force:
+            os.rename(self._temporary, self.path)
+        else:
+            self._rename_if_free()
+        directory = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _rename_if_free(self) -> None:
+        """rename(2) would replace what somebody else has made meanwhile; link(2) does not, but vfat has none."""
+        try:
+            os.link(self._temporary, self.path)
+        except FileExistsError:
+            raise QcowfsError(f"{printable(self.path)}: somebody else has made it meanwhile") from None
+        except OSError as error:
+            if error.errno not in NO_LINKS or os.path.lexists(self.path):
+                raise
+            os.rename(self._temporary, self.path)
+
+
+def _files_of(chain: Chain) -> Collection[tuple[int, int]]:
+    found = set()
+    for layer in chain.layers:
+        found.add(layer.file_id)
+        if layer.data_path is not None:
+            with suppress(OSError):
+                status = os.stat(layer.data_path)
+                found.add((status.st_dev, status.st_ino))
+    return found
