@@ -50,7 +50,7 @@ function _shtab_qcowfs_using
   test "$_shtab_qcowfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_qcowfs_commands mount umount list ls cat info map
+set -g _shtab_qcowfs_commands mount umount list ls cat restore info map
 set -g _shtab_qcowfs_opts_with_value --allow-backing --cache-size --image-format --log-file --with -o
 
 complete -c qcowfs -e
@@ -108,6 +108,19 @@ complete -c qcowfs -n '_shtab_qcowfs_using cat' -l no-lock -d 'do not keep QEMU 
 complete -c qcowfs -n '_shtab_qcowfs_using cat' -l norecovery -d 'show file systems as they are, without replaying their journals'
 complete -c qcowfs -n '_shtab_qcowfs_using cat' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
 complete -c qcowfs -n '_shtab_qcowfs_using cat; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
+complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a restore -d 'Copy files and trees out of a point.'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -s h -l help -d 'show this help message and exit'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l force -d 'replace files that are there, and change directories'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l backup -d 'rename what is there to NAME.~1~, NAME.~2~ and so on'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l verify -d 'read back what was written, and compare it'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l keep-damaged -d 'restore files that can be read in part, with zeros for the rest'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l json -d 'print one JSON document, for programs'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l norecovery -d 'show file systems as they are, without replaying their journals'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using restore; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
 complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a info -d 'Print the format, sizes and snapshots of each layer of the chain.'
 complete -c qcowfs -n '_shtab_qcowfs_using info' -s h -l help -d 'show this help message and exit'
 complete -c qcowfs -n '_shtab_qcowfs_using info' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
