@@ -6,22 +6,24 @@ import argparse
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
 import qcowfs.cli
+from qcowfs import limits
 from qcowfs.cli import output
 from qcowfs.cli.inside import Inside, Spot, open_inside, told
 from qcowfs.cli.ls import MAX_JSON_ERRORS, TYPES
 from qcowfs.cli.options import add_image_options, add_inside_options, add_json_option
-from qcowfs.errors import QcowfsError, TreeFault, UsageError, printable
+from qcowfs.errors import PointNotFound, QcowfsError, TreeFault, UsageError, printable
 from qcowfs.inside.walk import Place
 from qcowfs.restore.destination import Destination
 from qcowfs.restore.directory import Existing
@@ -47,6 +49,8 @@ examples:
 
 See qcowfs-restore(1).
 """
+DESCRIPTORS = 256  # for all but the directories: images, workers
+SHOWN_POINTS = 5  # in a hint
 CLEAR = "\r\x1b[K"
 STDOUT = "-"
 PROGRESS_SECONDS = 0.2
@@ -134,9 +138,23 @@ class _Source(NamedTuple):
 
 
 def _source(inside: Inside, text: str) -> _Source:
-    spot = inside.find(text, follow=False)
+    try:
+        spot = inside.find(text, follow=False)
+    except PointNotFound as error:
+        raise _with_points(inside, text, error) from error
     name = spot.path.rpartition(b"/")[2]
     return _Source(spot, b"" if name == b".." or text.endswith(("/", "/.")) else name)
+
+
+def _with_points(inside: Inside, text: str, error: PointNotFound) -> PointNotFound:
+    """Let an error about a path tell which points have it, if there are any."""
+    others: list[str] = []
+    with suppress(PointNotFound):  # the point is what was not found
+        others = inside.elsewhere(text)
+    if others:
+        shown = ", ".join(printable(name) for name in others[:SHOWN_POINTS])
+        error.hint = f"it is in {shown}{f' and {len(others) - SHOWN_POINTS} more' * (len(others) > SHOWN_POINTS)}"
+    return error
 
 
 def _print(spot: Spot) -> int:
@@ -152,9 +170,12 @@ def _restore(args: argparse.Namespace, sources: Sequence[_Source], signals: _Sig
     existing = Existing.REPLACED if args.force else Existing.RENAMED if args.backup else Existing.KEPT
     listener: _Lines | _Document = _Document(args) if args.json else _Lines()
     ledger = Ledger(listener)
+    _allow_descriptors(limits.MAX_WALK_DEPTH + DESCRIPTORS)
     restorer = Restorer(ledger, signals.check, verify=args.verify, keep_damaged=args.keep_damaged)
     try:
-        with closing(Destination(os.fsencode(args.dest), existing, several=len(sources) > 1)) as at:
+        directories = all(stat.S_ISDIR(spot.place.inode.mode) for spot, _ in sources)
+        typed = os.fsencode(args.dest)
+        with closing(Destination(typed, existing, directories=directories, several=len(sources) > 1)) as at:
             for spot, name in sources:
                 restorer.restore(spot.place, at.directory, at.name or name, at.shown)
     except NoRoom as error:
@@ -163,6 +184,14 @@ def _restore(args: argparse.Namespace, sources: Sequence[_Source], signals: _Sig
         ledger.failed(b"", f"{error}: what was restored is complete, the rest is not restored")
     listener.end(ledger)
     return QcowfsError.exit_code if ledger.errors else 0
+
+
+def _allow_descriptors(count: int) -> None:
+    """Let this process have one for each directory from the top down to the deepest, if it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Progress:
@@ -174,15 +203,15 @@ class _Progress:
         self._files = 0
         self._bytes = 0
 
-    def show(self, path: bytes, files: int, done: int) -> None:
+    def show(self, path: bytes, files: int, count: int) -> None:
         """Show where the restore is, if it is time.
 
         Args:
             files: further ones.
-            done: bytes in all; 0: no more than before.
+            count: of further bytes.
         """
         self._files += files
-        self._bytes = max(self._bytes, done)
+        self._bytes += count
         now = time.monotonic()
         if not self._shown or now < self._next:
             return
@@ -208,8 +237,8 @@ class _Lines(Listener):
     def restored(self, path: bytes, place: Place) -> None:
         self._progress.show(path, 1, 0)
 
-    def moved(self, path: bytes, done: int) -> None:
-        self._progress.show(path, 0, done)
+    def moved(self, path: bytes, count: int) -> None:
+        self._progress.show(path, 0, count)
 
     def skipped(self, path: bytes, why: str) -> None:
         if not self._skips:

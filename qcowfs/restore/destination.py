@@ -24,12 +24,13 @@ class Destination:
         shown: how a person calls `directory`.
     """
 
-    def __init__(self, typed: bytes, existing: Existing, *, several: bool) -> None:
+    def __init__(self, typed: bytes, existing: Existing, *, directories: bool, several: bool) -> None:
         """Open the directory.
 
         Args:
             typed: by a person.
             existing: what becomes of files that are there.
+            directories: nothing but directories is to be restored.
             several: sources have to go into a directory.
 
         Raises:
@@ -40,6 +41,8 @@ class Destination:
         descriptor = _opened(typed)
         if descriptor is None and several:
             raise QcowfsError(f"{printable(typed)}: not a directory, and several sources need one")
+        if descriptor is None and typed.endswith(b"/") and not directories:
+            raise QcowfsError(f"{printable(typed)}: not a directory")
         if descriptor is None:
             above, _, self.name = self.shown.rpartition(b"/")
             self.shown = above or self.shown[: self.shown.startswith(b"/")] or b"."

@@ -92,6 +92,15 @@ class Directory:
         """Return a descriptor of the directory `name`, which no symbolic link leads to."""
         return os.open(name, FLAGS, dir_fd=self.descriptor)
 
+    def check_room(self, name: bytes) -> None:
+        """See before much work is done for `name` that it can be put there.
+
+        Raises:
+            Occupied: something is there.
+        """
+        if not self.new and self.existing is Existing.KEPT and self._there(name) is not None:
+            raise Occupied("it is there already", hint=_HINT)
+
     def put(self, name: bytes, make: Callable[[bytes], None]) -> None:
         """Let `make` make something complete by a name, and see that this is `name` in the end.
 

@@ -27,15 +27,16 @@ class Listener(Protocol):
     def warned(self, path: bytes, what: str) -> None:
         """Something was restored, but for a detail that cannot be kept here. Each kind of it is told once."""
 
-    def moved(self, path: bytes, done: int) -> None:
-        """So many bytes of `path`, or of what it stands for, were looked at."""
+    def moved(self, path: bytes, count: int) -> None:
+        """So many further bytes were written for `path`, which has its name later."""
 
 
 class Ledger:
     """Counts, and passes on.
 
     Attributes:
-        files, directories, bytes: that were restored; a further hard link counts as a file, without bytes.
+        files, directories: that were restored; a further hard link counts as a file.
+        bytes: of the files, without holes.
         skips, errors: how many.
     """
 
@@ -72,5 +73,4 @@ class Ledger:
 
     def moved(self, path: bytes, count: int) -> None:
         """Note that `count` further bytes were written."""
-        self.bytes += count
-        self._listener.moved(path, self.bytes)
+        self._listener.moved(path, count)

@@ -194,6 +194,7 @@ class Restorer:
     def _write(self, place: Place, trail: Trail, directory: Directory, name: bytes) -> None:
         """Restore a regular file: bytes, metadata, and the name at last."""
         damage = content.Damage()
+        directory.check_room(name)
         try:
             self._draw_up(place, trail, directory, name, damage)
         except OSError as error:
@@ -205,7 +206,9 @@ class Restorer:
 
     def _draw_up(self, place: Place, trail: Trail, directory: Directory, name: bytes, damage: content.Damage) -> None:
         with draft(directory) as made:
-            self._copy(place, made.descriptor, damage, trail)
+            count = self._copy(place, made.descriptor, damage, trail)
+            if self._verify and not content.compare(place, made.descriptor):  # before it has its time of access
+                raise QcowfsError("not restored: what was written reads back otherwise")
             directory.disinherit(made.descriptor)
             xattrs = self._xattrs(place, trail)
             lost = self._metadata.apply(made.descriptor, place.inode, xattrs, trail)
@@ -214,22 +217,23 @@ class Restorer:
                     f"not restored: {damage}", hint="--keep-damaged restores such files, with zeros there"
                 )
             if self._verify:
-                self._check_written(place, made.descriptor, xattrs, lost)
+                self._agree(self._metadata.differences(made.descriptor, place.inode, xattrs, lost))
             directory.put(name, made.publish)
+        self._ledger.bytes += count
 
-    def _copy(self, place: Place, descriptor: int, damage: content.Damage, trail: Trail) -> None:
+    def _copy(self, place: Place, descriptor: int, damage: content.Damage, trail: Trail) -> int:
+        """Write the bytes of a file; return how many there are, without holes."""
         path = trail.path()
+        count = 0
 
-        def moved(count: int) -> None:
+        def moved(written: int) -> None:
+            nonlocal count
             self._check()
-            self._ledger.moved(path, count)
+            self._ledger.moved(path, written)
+            count += written
 
         content.write(place, descriptor, damage, moved)
-
-    def _check_written(self, place: Place, descriptor: int, xattrs: dict[bytes, bytes], lost: list[str]) -> None:
-        if not content.compare(place, descriptor):
-            raise QcowfsError("not restored: what was written reads back otherwise")
-        self._agree(self._metadata.differences(descriptor, place.inode, xattrs, lost))
+        return count
 
     def _make(self, place: Place, trail: Trail, directory: Directory, name: bytes) -> bool:
         """Restore a symbolic link, a device, a pipe or a socket; return whether this user may have it."""
