@@ -122,7 +122,9 @@ class _Signals:
 @contextmanager
 def _signals() -> Iterator[_Signals]:
     signals = _Signals()
-    before = [(number, signal.signal(number, signals.note)) for number in ENDING]
+    before = [(number, handler) for number in ENDING if (handler := signal.getsignal(number)) != signal.SIG_IGN]
+    for number, _ in before:  # nohup, and shells for what runs in the background, have them ignored
+        signal.signal(number, signals.note)
     try:
         yield signals
     finally:
@@ -218,12 +220,16 @@ class _Progress:
         self._next = now + PROGRESS_SECONDS
         rate = output.human_size(int(self._bytes / max(now - self._began, PROGRESS_SECONDS)))
         line = f"{self._files} files, {output.human_size(self._bytes)}, {rate}/s  {printable(path)}"
-        print(f"{CLEAR}{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+        self._print(line[: shutil.get_terminal_size().columns - 1])
 
     def clear(self) -> None:
         """Remove the line."""
         if self._shown:
-            print(CLEAR, end="", file=sys.stderr, flush=True)
+            self._print("")
+
+    def _print(self, line: str) -> None:
+        with suppress(OSError):  # the terminal has gone
+            print(CLEAR, line, sep="", end="", file=sys.stderr, flush=True)
 
 
 class _Lines(Listener):

@@ -126,11 +126,15 @@ class Directory:
                 self._replace(name, make)
         self._note(name)
 
-    def disinherit(self, descriptor: int) -> None:
-        """Take from something new what the default ACL of this directory gave it: it has its own, or none."""
+    def disinherit(self, handle: int | str) -> None:
+        """Take from something new what the default ACL of this directory gave it: it has its own, or none.
+
+        Args:
+            handle: a descriptor, or the path of one in /proc.
+        """
         if self._passes_on:
-            for attribute in set(INHERITED) & set(_xattr_names(descriptor)):
-                os.removexattr(descriptor, attribute)
+            for attribute in set(INHERITED) & set(_xattr_names(handle)):
+                os.removexattr(handle, attribute)
 
     def temporary_name(self) -> bytes:
         """Return a name that nothing here has."""
@@ -173,7 +177,7 @@ class Directory:
 _HINT = "--force replaces files, --backup renames them"
 
 
-def _xattr_names(descriptor: int) -> list[str]:
+def _xattr_names(handle: int | str) -> list[str]:
     with suppress(OSError):  # a file system without any
-        return os.listxattr(descriptor)
+        return os.listxattr(handle)
     return []

@@ -37,7 +37,7 @@ class Ledger:
     Attributes:
         files, directories: that were restored; a further hard link counts as a file.
         bytes: of the files, without holes.
-        skips, errors: how many.
+        errors: how many.
     """
 
     def __init__(self, listener: Listener) -> None:
@@ -46,7 +46,6 @@ class Ledger:
         self.files = 0
         self.directories = 0
         self.bytes = 0
-        self.skips = 0
         self.errors = 0
 
     def restored(self, path: bytes, place: Place, *, directory: bool = False) -> None:
@@ -57,7 +56,6 @@ class Ledger:
 
     def skipped(self, path: bytes, why: str) -> None:
         """Note that something is left out."""
-        self.skips += 1
         self._listener.skipped(path, why)
 
     def failed(self, path: bytes, what: str, hint: str | None = None) -> None:

@@ -80,7 +80,7 @@ class Restorer:
         Raises:
             NoRoom: the file system is full, or cannot be written.
         """
-        top = Trail(None, shown)
+        top = Trail(None, shown.rstrip(b"/"))
         self._seen = {place.name: {place.inode.ino}}
         self._count = 0
         self._links = Links(directory.descriptor)
@@ -88,12 +88,19 @@ class Restorer:
             if not name:
                 self._restore_tree(_Level(place, top, directory))
             elif stat.S_ISDIR(place.inode.mode):
-                with self._told(Trail(top, name)):
-                    self._restore_tree(_Level(place, Trail(top, name), directory.enter(name)))
+                level = self._entered(Trail(top, name), directory, lambda: place)
+                if level is not None:
+                    self._restore_tree(level)
             else:
                 self._restore_one(place, top, directory, name)
         finally:
             self._links.close()
+
+    def _entered(self, trail: Trail, directory: Directory, find: Callable[[], Place]) -> _Level | None:
+        """Return a directory below `directory`, None if it cannot be restored."""
+        with self._told(trail):
+            return _Level(find(), trail, directory.enter(trail.name))
+        return None
 
     def _restore_tree(self, first: _Level) -> None:
         levels = [first]
@@ -117,17 +124,20 @@ class Restorer:
 
     def _fill(self, level: _Level) -> None:
         """Restore all that is in a directory but for the directories, which are noted."""
-        with self._told(level.trail):
-            for name, child in level.place.entries():
-                self._check()
-                why = child.trouble()
-                if why:
-                    self._ledger.failed(Trail(level.trail, name).path(), why)
-                elif stat.S_ISDIR(child.inode.mode):
-                    self._note(level, name, child)
-                else:
-                    self._restore_one(child, level.trail, level.directory, name)
+        for name, child in self._entries(level):
+            self._check()
+            why = child.trouble()
+            if why:
+                self._ledger.failed(Trail(level.trail, name).path(), why)
+            elif stat.S_ISDIR(child.inode.mode):
+                self._note(level, name, child)
+            else:
+                self._restore_one(child, level.trail, level.directory, name)
         level.below.reverse()
+
+    def _entries(self, level: _Level) -> Iterator[tuple[bytes, Place]]:
+        with self._told(level.trail):
+            yield from level.place.entries()
 
     def _note(self, level: _Level, name: bytes, child: Place) -> None:
         known = self._seen.setdefault(child.name, set())
@@ -145,38 +155,49 @@ class Restorer:
         level = levels[-1]
         trail = Trail(level.trail, name)
         self._check()
-        with self._told(trail):
-            if len(levels) > limits.MAX_WALK_DEPTH:
-                raise QcowfsError("not restored: the directories are too deep")
-            place = level.place.again(name, ino)
-            below = _Level(place, trail, level.directory.enter(name))
+        if len(levels) > limits.MAX_WALK_DEPTH:
+            self._ledger.failed(trail.path(), "not restored: the directories are too deep")
+            return
+        below = self._entered(trail, level.directory, lambda: level.place.again(name, ino))
+        if below is not None:
             levels.append(below)
             self._fill(below)
 
     def _finish(self, level: _Level) -> None:
         """Give a directory its metadata, when nothing in it will change its time any more."""
+        done = False
         with self._told(level.trail):
             xattrs = self._xattrs(level.place, level.trail)
             handle = level.directory.descriptor
             lost = self._metadata.apply(handle, level.place.inode, xattrs, level.trail)
             if self._verify:
                 self._agree(self._metadata.differences(handle, level.place.inode, xattrs, lost))
+            done = True
+        if done:
             self._ledger.restored(level.trail.path(), level.place, directory=True)
 
     def _restore_one(self, place: Place, above: Trail, directory: Directory, name: bytes) -> None:
         """Restore anything but a directory; what is wrong with it is told, and the rest goes on."""
         trail = Trail(above, name)
+        done = False
         with self._told(trail):
-            put = partial(directory.put, name)
-            if place.inode.nlink < 2 or not self._linked(place, trail, directory, put):
-                if stat.S_ISREG(place.inode.mode):
-                    self._write(place, trail, directory, name)
-                elif not self._make(place, trail, directory, name):
-                    return
-                if not self._links.note(place, above, directory, name):
-                    text = "from here on, further hard links become files of their own: there are too many"
-                    self._ledger.warn("links", trail.path(), text)
+            done = self._anew(place, trail, directory, name)
+        if done:
             self._ledger.restored(trail.path(), place)
+
+    def _anew(self, place: Place, trail: Trail, directory: Directory, name: bytes) -> bool:
+        """Make a link to a file that was restored, or the file; return whether this user may have it."""
+        assert trail.above is not None
+        if place.inode.nlink > 1 and self._linked(place, trail, directory, partial(directory.put, name)):
+            return True
+        if stat.S_ISREG(place.inode.mode):
+            self._write(place, trail, directory, name)
+        elif not self._make(place, trail, directory, name):
+            return False
+        if not self._links.note(place, trail.above, directory, name):
+            text = "from here on, further hard links become files of their own: there are too many"
+            self._ledger.warn("links", trail.path(), text)
+        return True
 
     def _linked(
         self, place: Place, trail: Trail, directory: Directory, put: Callable[[Callable[[bytes], None]], None]
@@ -265,6 +286,7 @@ class Restorer:
         descriptor = os.open(at, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.descriptor)
         try:
             handle = f"{PROC}/{descriptor}"
+            directory.disinherit(handle)
             lost = self._metadata.apply(handle, place.inode, xattrs, trail)
             if self._verify:
                 self._agree(self._metadata.differences(handle, place.inode, xattrs, lost))
@@ -285,7 +307,10 @@ class Restorer:
 
     @contextmanager
     def _told(self, trail: Trail) -> Iterator[None]:
-        """Tell what goes wrong within the context, unless there is no use in going on."""
+        """Tell what goes wrong within the context, unless there is no use in going on.
+
+        What is told prints, and whatever goes wrong with that is the command's: it does not happen in the context.
+        """
         try:
             yield
         except NoRoom:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import stat
@@ -166,9 +169,10 @@ def test_links_attributes_and_modes_come_in_the_right_order(tmp_path: Path) -> N
     assert os.stat(target / "a/b/one").st_ino == os.stat(target / "c/two").st_ino == os.stat(target / "z three").st_ino
     assert (1 << 40) + 4 == os.stat(target / "sparse").st_size
     assert os.stat(target / "sparse").st_blocks <= 64
-    assert restore(imaged(raw), "current:read only/file", "current:a/suid", tmp_path) == 0
-    for name, path in (("file", b"read only/file"), ("suid", b"a/suid")):
-        assert comparable(guest)[path] == comparable(describe(tmp_path / name))[b""]
+    assert restore(imaged(raw), "current:read only/file", "current:a/suid", "current:pipe", tmp_path) == 0
+    for name, path in (("file", b"read only/file"), ("suid", b"a/suid"), ("pipe", b"pipe")):
+        (facts,) = comparable({b"": describe(tmp_path)[os.fsencode(name)]}).values()
+        assert (guest[path][0], guest[path][8]) == (facts[0], facts[8])
 
 
 def test_a_thousand_directories_in_each_other(tmp_path: Path) -> None:
@@ -370,12 +374,17 @@ def test_a_full_file_system_gets_no_half_files(bare: Bare, small: Path) -> None:
     assert 1 == len(told["errors"])
 
 
-def complete(directory: Path, guest: Guest) -> int:
-    """Return how many files are there; all of them have to be as they are in the guest."""
+def complete(directory: Path, guest: Guest, *, killed: bool = False) -> int:
+    """Return how many files are there; all of them have to be as they are in the guest.
+
+    Further links of theirs may be to come. What is no regular file has its name from the start, but for its metadata.
+    """
     found = {path: facts for path, facts in comparable(describe(directory)).items() if not stat.S_ISDIR(facts[0])}
     wanted = comparable(guest)
     for path, facts in found.items():
-        assert (facts[0], *facts[2:]) == (wanted[path][0], *wanted[path][2:]), path  # links may be to come
+        assert (stat.S_IFMT(facts[0]), facts[-1]) == (stat.S_IFMT(wanted[path][0]), wanted[path][-1]), path
+        if stat.S_ISREG(facts[0]) or not killed:
+            assert (facts[0], *facts[2:]) == (wanted[path][0], *wanted[path][2:]), path
     return len(found)
 
 
@@ -394,7 +403,7 @@ def test_a_signal_leaves_complete_files_only(bare: Bare, tmp_path: Path, number:
             process.send_signal(number)
             said = process.communicate(timeout=20)[1]
         if process.returncode == code:
-            left.append(complete(target, bare.before))
+            left.append(complete(target, bare.before, killed=number == signal.SIGKILL))
             assert "Traceback" not in said
             assert number == signal.SIGKILL or f"ended by {signal.Signals(number).name}" in said
     assert any(0 < count < len(bare.before) - 20 for count in left), left
@@ -468,3 +477,49 @@ def test_an_ordinary_user_hears_once_what_only_root_can_set(tmp_path: Path) -> N
     assert guest[file][8]["system.posix_acl_access"] == found[file][8]["system.posix_acl_access"]
     assert guest[file][0] == found[file][0]
     assert 0o2777 == stat.S_IMODE(guest[b"a"][0])
+
+
+def test_nohup_keeps_it_going(bare: Bare, tmp_path: Path) -> None:
+    words = ["nohup", *launcher(), "restore", str(bare.image), "before:", str(tmp_path / "target")]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            process.send_signal(signal.SIGHUP) if (tmp_path / "target").exists() else time.sleep(0.001)
+
+    assert process.returncode == 0
+    assert comparable(bare.before).keys() == comparable(describe(tmp_path / "target")).keys()
+
+
+def test_a_reader_of_the_document_that_goes_away_ends_it(bare: Bare, tmp_path: Path) -> None:
+    words = [*launcher(), "restore", "--json", str(bare.image), "before:"]
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}  # what cannot be written is found out in the middle
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*words, str(tmp_path / "pipe")], env=env, **pipes) as process:  # type: ignore[call-overload]
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    to_full = ["sh", "-c", 'exec "$@" >/dev/full', "sh", *words, str(tmp_path / "full")]
+    full = subprocess.run(to_full, env=env, capture_output=True, text=True)
+
+    assert process.returncode == 141
+    assert (1, "qcowfs: standard output: No space left on device\n") == (full.returncode, full.stderr)
+    for name in ("pipe", "full"):
+        assert 0 < complete(tmp_path / name, bare.before) < len(bare.before) - 100
+
+
+def test_a_terminal_sees_where_it_is(bare: Bare, tmp_path: Path) -> None:
+    (tmp_path / "fstab").write_bytes(b"ours")
+    terminal, ours = pty.openpty()
+    try:
+        words = [*launcher(), "restore", str(bare.image), "before:etc/", "before:many", "before:large", str(tmp_path)]
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=ours) as process:
+            os.close(ours)
+            said = b""
+            with contextlib.suppress(OSError):  # EIO: nobody has the other side
+                while data := os.read(terminal, 1 << 16):
+                    said += data
+    finally:
+        os.close(terminal)
+
+    assert process.returncode == 1
+    assert re.search(rb"\r\x1b\[K\d+ files, [\d.]+ \w+, [\d.]+ \w+/s  /[^\r]+\r\x1b\[K", said)
+    assert f"\x1b[Kqcowfs: {tmp_path}/fstab: it is there already\r\n".encode() in said
+    assert said.endswith(b"\r\x1b[K")
