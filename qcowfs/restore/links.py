@@ -95,7 +95,7 @@ class Links:
         for name in trail.names()[1:]:
             below = -1
             with suppress(OSError):
-                below = os.open(name, FLAGS & ~os.O_RDONLY | os.O_PATH, dir_fd=at)
+                below = os.open(name, FLAGS | os.O_PATH, dir_fd=at)
             os.close(at)
             if below < 0:
                 return None

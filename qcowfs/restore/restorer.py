@@ -286,6 +286,9 @@ class Restorer:
         descriptor = os.open(at, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.descriptor)
         try:
             handle = f"{PROC}/{descriptor}"
+            made = os.stat(handle)
+            if stat.S_IFMT(made.st_mode) != stat.S_IFMT(place.inode.mode) or made.st_nlink != 1:
+                raise QcowfsError("not restored: somebody put another file in its place")  # it would get this owner
             directory.disinherit(handle)
             lost = self._metadata.apply(handle, place.inode, xattrs, trail)
             if self._verify:

@@ -21,7 +21,7 @@ import pytest
 from qcowfs import cli
 from tests.support import crash, need
 from tests.support.disks import run
-from tests.support.guests import Guest, bare_image, loop_mounted, make_tree, partitioned_image
+from tests.support.guests import Guest, bare_image, loop_mounted, make_tree, partitioned_image, volume_group
 from tests.support.images import qemu
 from tests.support.mounts import Person, call, launcher, me, ordinary_user
 from tests.support.tables import Tables
@@ -219,6 +219,14 @@ def test_a_crashed_machines_files_are_those_after_recovery(tmp_path: Path) -> No
     with crash.mounted(image, "ro,noload") as mounted:
         assert "" == rsync_says(mounted, tmp_path / "not recovered")
     assert set(os.listdir(tmp_path / "recovered")) != set(os.listdir(tmp_path / "not recovered"))
+
+
+def test_a_volume_group_of_two_images(tmp_path: Path) -> None:
+    need("lvm", "qemu-img")
+    guest, images = volume_group(tmp_path)
+
+    assert restore("--with", images[1], images[0], "both:vg-lv", tmp_path) == 0
+    assert comparable(guest) == comparable(describe(tmp_path / "vg-lv"))
 
 
 @pytest.mark.parametrize(
