@@ -83,6 +83,7 @@ EXT_BLOCKS = 8 << 20  # bytes of blocks that are held beside those of 64 KiB: in
 MAX_EXT_XATTRS = 2 << 20  # bytes of the extended attributes of one ext inode: an answer has them all
 MAX_EXT_MAP = 1 << 16  # extents, and KiB of the map's blocks, of one ext file that a request looks at: 0.1 s
 MAX_LISTED_ENTRIES = 1 << 20  # of one directory that is held to be sorted: 300 MB
+MAX_WALKED_ENTRIES = 1 << 24  # of one directory that is not held: what fits into the largest of ext
 MAX_WALKED_DIRECTORIES = 1 << 21  # that one walk remembers, so that none is entered twice: 200 MB
 MAX_WALK_DEPTH = 1024  # directories in directories; a path of Linux has 2,048 components at most
 MAX_FAT_RUNS = 1 << 19  # pieces of one file of FAT or exFAT, of 16 bytes each
@@ -96,6 +97,8 @@ MAX_NTFS_RECORDS = 4096  # of one file, of 4 KiB at most: a million pieces
 MAX_NTFS_INDEX_BLOCKS = 1 << 16  # of one NTFS directory: 256 MiB, more than a million names
 MAX_NTFS_STREAM = 65536  # Linux: bytes of an extended attribute, as which alternate data streams are shown
 MAX_NTFS_STREAMS = 1 << 20  # bytes of all of one file; an answer has to hold them
+MAX_DAMAGED_RANGES = 1000  # of one file that is restored: they are told, and each costs 256 reads to find
+MAX_RESTORED_LINKS = 1 << 19  # files with further hard links that a restore remembers at a time: 130 MB
 
 MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
 MAX_JOURNAL_RUNS = 1 << 15  # contiguous pieces of a journal: mke2fs makes a handful, and each costs 170 bytes here

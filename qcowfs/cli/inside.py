@@ -9,8 +9,9 @@ import argparse
 import errno
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from qcowfs import limits
@@ -18,7 +19,7 @@ from qcowfs._cache import Cache
 from qcowfs._mapped import Mapped
 from qcowfs.chain import Chain
 from qcowfs.cli.options import open_chain
-from qcowfs.cli.points import find_place
+from qcowfs.cli.points import find_place, named_points
 from qcowfs.errors import PointNotFound, QcowfsError, TreeFault, printable
 from qcowfs.inside.contents import Contents
 from qcowfs.inside.opened import open_disks
@@ -31,7 +32,8 @@ from qcowfs.vfs.beside import Beside, frozen_disk
 __all__ = ["PLACE_HELP", "Inside", "Spot", "open_inside", "told"]
 
 PLACE_HELP = "a point of qcowfs list, and a path in its directory of a mount: p1/etc/fstab, VG-LV/var, p1.raw"
-
+SEARCHED_POINTS = 64  # that are looked through for a path that another has not
+SEARCH_SECONDS = 4.0  # that somebody waits for a hint
 logger = logging.getLogger("qcowfs")
 
 
@@ -95,10 +97,28 @@ class Inside:
         raw = os.fsencode(path)
         spot_path = b"/".join(part for part in raw.split(b"/") if part not in (b"", b"."))
         try:
-            root = point_root(name, point.date_ns, self.look(name, point), self.trees)
-            return Spot(self.chain.image, name, spot_path, root.resolve(raw, follow=follow))
+            place = self._resolved(name, point, self.look(name, point), raw, follow=follow)
+            return Spot(self.chain.image, name, spot_path, place)
         except TreeFault as fault:
             raise told(fault, self.chain.image, f"{name}:{path}" if path else name) from fault
+
+    def elsewhere(self, text: str) -> list[str]:
+        """Return the points that have the PATH of POINT:PATH, as far as they are found in a short time."""
+        name, _, path = find_place(self.chain, text)
+        deadline = time.monotonic() + SEARCH_SECONDS
+        found = []
+        for other, point in named_points(self.chain)[:SEARCHED_POINTS]:
+            if other == name or time.monotonic() > deadline:
+                continue
+            with suppress(QcowfsError):  # it has nothing to look into, or is being written
+                self._resolved(other, point, self._opened(other, point), os.fsencode(path), follow=False)
+                found.append(other)
+        return found
+
+    def _resolved(
+        self, name: str, point: Point, opened: tuple[Contents, Sequence[Mapped | None]], path: bytes, *, follow: bool
+    ) -> Place:
+        return point_root(name, point.date_ns, opened, self.trees).resolve(path, follow=follow)
 
     def look(self, name: str, point: Point) -> tuple[Contents, Sequence[Mapped | None]]:
         """Return the volumes of a point and their bytes; what is wrong with its tables goes to the log.
@@ -106,11 +126,13 @@ class Inside:
         Raises:
             QcowfsError: its disk cannot be read, or may change.
         """
-        disk = frozen_disk(self.chain, name, point, self._cache)
-        contents, volumes = open_disks([disk, *self._beside.disks(name)])
+        contents, volumes = self._opened(name, point)
         for note in contents.notes:
             logger.warning("%s: %s", printable(name), note)
         return contents, volumes
+
+    def _opened(self, name: str, point: Point) -> tuple[Contents, Sequence[Mapped | None]]:
+        return open_disks([frozen_disk(self.chain, name, point, self._cache), *self._beside.disks(name)])
 
 
 def told(fault: TreeFault, image: str, where: str) -> QcowfsError:

@@ -49,15 +49,15 @@ def point_root(name: str, date_ns: int, found: tuple[Contents, Sequence[Mapped |
 class RawVolume(Place):
     """A volume as raw bytes."""
 
-    __slots__ = ("disk", "inode", "name")
+    __slots__ = ("_disk", "inode", "name")
 
     def __init__(self, name: str, disk: Mapped, inode: Inode) -> None:
         self.name = name
-        self.disk = disk
+        self._disk = disk
         self.inode = inode
 
-    def chunks(self) -> Iterator[bytes]:
-        return walk.chunks(self.disk.pread, self.disk.virtual_size, self.name)
+    def disk(self) -> Mapped:
+        return self._disk
 
 
 class Volumes(Place):
@@ -100,6 +100,16 @@ class Volumes(Place):
         return found
 
     def child(self, name: bytes, inode: Inode) -> Place:
+        return self._named(name)
+
+    def entries(self) -> Iterator[tuple[bytes, Place]]:
+        found = self.children()
+        for name, _ in found.entries:
+            yield name, self._named(name)
+        if found.troubles:
+            raise TreeFault(self.name, "; ".join(f"{printable(name)}: {what}" for name, what in found.troubles))
+
+    def again(self, name: bytes, ino: int) -> Place:
         return self._named(name)
 
     def _add_tree(self, found: Children, name: bytes) -> None:

@@ -11,7 +11,6 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 from qcowfs import limits
@@ -19,7 +18,7 @@ from qcowfs._mapped import Mapped
 from qcowfs.errors import TreeFault, printable
 from qcowfs.inside.client import Tree
 from qcowfs.inside.guestfile import file_disk
-from qcowfs.inside.record import ENTRY, EXTENT, INODE, UNMAPPED, Inode
+from qcowfs.inside.record import ENTRY, EXTENT, INODE, NO_XATTRS, UNMAPPED, Inode
 
 __all__ = [
     "Children",
@@ -85,11 +84,42 @@ class Place:
         """Return the target of the symbolic link that is this, or an entry of this directory."""
         raise self.fault(errno.EINVAL)
 
+    def entries(self) -> Iterator[tuple[bytes, Place]]:
+        """Yield name and Place of all that is in this directory, in the order of the tree, as they are read.
+
+        For what keeps nothing of them: a directory may have more entries than there is memory for `children`.
+
+        Raises:
+            TreeFault: the rest cannot be listed.
+        """
+        raise self.fault(errno.ENOTDIR)
+
+    def again(self, name: bytes, ino: int) -> Place:
+        """Return what `entries` told before, by its name and inode number."""
+        raise self.fault(errno.ENOTDIR)
+
+    def trouble(self) -> str:
+        """Return why this, which `entries` told, cannot be read; "" if it can."""
+        return ""
+
+    def xattrs(self) -> dict[bytes, bytes]:
+        """Return the extended attributes."""
+        return {}
+
+    def disk(self) -> Mapped | None:
+        """Return the bytes of this regular file; None: `read` makes them."""
+        raise TreeFault(self.name, "not a regular file", errno.EINVAL)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return bytes of this regular file, fewer than `length` only at its end or if that is more than CHUNK."""
+        raise TreeFault(self.name, "not a regular file", errno.EINVAL)
+
     def chunks(self) -> Iterator[bytes]:
         """Yield the bytes of this regular file."""
         if stat.S_ISDIR(self.inode.mode):
             raise self.fault(errno.EISDIR)
-        raise TreeFault(self.name, "not a regular file", errno.EINVAL)
+        disk = self.disk()
+        return chunks(self.read if disk is None else disk.pread, self.inode.size, self.name)
 
     def fault(self, number: int) -> TreeFault:
         """Return the error of a system call on this."""
@@ -102,14 +132,16 @@ class File(Place):
     Args:
         tree: it is in.
         volume: the bytes of the tree.
+        extents: packed record.EXTENTs, if a listing had all that the file has.
     """
 
-    __slots__ = ("inode", "name", "tree", "volume")
+    __slots__ = ("extents", "inode", "name", "tree", "volume")
 
-    def __init__(self, tree: Tree, volume: Mapped, inode: Inode) -> None:
+    def __init__(self, tree: Tree, volume: Mapped, inode: Inode, extents: bytes | None = None) -> None:
         self.tree = tree
         self.volume = volume
         self.inode = inode
+        self.extents = extents
         self.name = tree.name
 
     def resolve(self, path: bytes, *, follow: bool) -> File:
@@ -120,7 +152,7 @@ class File(Place):
             raise self.fault(errno.ENOTDIR)
         found = Children([])
         try:
-            for name, inode in _entries(self.tree, self.inode.ino):
+            for name, inode, _ in _entries(self.tree, self.inode.ino, limits.MAX_LISTED_ENTRIES):
                 found.entries.append((name, inode))
         except TreeFault as fault:
             found.troubles.append(Trouble(b"", fault.what))
@@ -136,13 +168,34 @@ class File(Place):
     def target(self, inode: Inode) -> bytes:
         return self.tree.readlink(inode.ino)
 
-    def chunks(self) -> Iterator[bytes]:
+    def entries(self) -> Iterator[tuple[bytes, Place]]:
+        if not stat.S_ISDIR(self.inode.mode):
+            raise self.fault(errno.ENOTDIR)
+        for name, inode, extents in _entries(self.tree, self.inode.ino, limits.MAX_WALKED_ENTRIES):
+            yield name, File(self.tree, self.volume, Inode._make(INODE.unpack(inode)), extents)
+
+    def again(self, name: bytes, ino: int) -> File:
+        return _file(self.tree, self.volume, ino)
+
+    def trouble(self) -> str:
+        return self._what(self.inode) if self.inode.error else ""
+
+    def xattrs(self) -> dict[bytes, bytes]:
+        return {} if self.inode.flags & NO_XATTRS else self.tree.xattrs(self.inode.ino)
+
+    def disk(self) -> Mapped | None:
         if not stat.S_ISREG(self.inode.mode):
-            return super().chunks()
-        ino, size = self.inode.ino, self.inode.size
-        disk = file_disk(self.tree, self.volume, ino, size)
-        read = partial(self.tree.read, ino) if disk is None else disk.pread
-        return chunks(read, size, self.tree.name)
+            return super().disk()
+        if self.extents is None:
+            return file_disk(self.tree, self.volume, self.inode.ino, self.inode.size)
+        try:
+            return self.volume.part(self.inode.size, self.extents)
+        except ValueError as error:
+            what = f"inode {self.inode.ino}: the file's extents contradict its size or each other"
+            raise TreeFault(self.name, what) from error
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.tree.read(self.inode.ino, offset, length)
 
     def _what(self, inode: Inode) -> str:
         """Return why an entry is damaged: a listing has no room for the text."""
@@ -251,19 +304,20 @@ def _children(directory: Place) -> Children:
         return Children([], [Trouble(b"", fault.what)])
 
 
-def _entries(tree: Tree, ino: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield name and packed INODE of each entry, in the order of the tree."""
+def _entries(tree: Tree, ino: int, most: int) -> Iterator[tuple[bytes, bytes, bytes | None]]:
+    """Yield name, packed INODE and packed EXTENTs (None: not told) of each entry, in the order of the tree."""
     cookie = count = 0
     while page := tree.entries(ino, cookie, limits.INSIDE_WANT):
         place = 0
         while place < len(page):  # the lengths were checked
             cookie, length, extents, whole = ENTRY.unpack_from(page, place)
             inode = place + ENTRY.size
-            name = inode + INODE.size + EXTENT.size * (0 if extents == UNMAPPED else extents)
-            yield page[name : name + length], page[inode : inode + INODE.size]
+            first = inode + INODE.size
+            name = first + EXTENT.size * (0 if extents == UNMAPPED else extents)
+            yield page[name : name + length], page[inode:first], None if extents == UNMAPPED else page[first:name]
             place += whole
             count += 1
-        if count > limits.MAX_LISTED_ENTRIES:
+        if count > most:
             raise TreeFault(tree.name, f"inode {ino}: the directory has too many entries", errno.EFBIG)
 
 

@@ -16,7 +16,7 @@ ROWS = (
     ("cli",),
     ("mount", "daemon", "fuse", "watcher", "mountpoint", "mountoptions"),
     ("vfs",),
-    ("sizes",),
+    ("sizes", "restore"),
     ("inside",),
     ("export",),
     ("snapshot",),

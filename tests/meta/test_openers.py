@@ -51,6 +51,12 @@ KNOWN = {
     ("mountpoint.py", "mounts"): "the kernel's table of mounts",
     ("policy.py", "_read"): "a configuration file",
     ("policy.py", "_without_waiting"): "a configuration file",
+    ("restore/destination.py", "_opened"): "where a person wants files",
+    ("restore/directory.py", "opened"): "directories that are written into",
+    ("restore/draft.py", "__init__"): "files that are written",
+    ("restore/draft.py", "_nameless"): "files that are written",
+    ("restore/links.py", "_reopened"): "directories that were written into",
+    ("restore/restorer.py", "_equip"): "what was just made",
     ("watcher.py", "_let_go_of_everything_but"): "/dev/null",
 }
 

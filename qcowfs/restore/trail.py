@@ -1,0 +1,30 @@
+"""Where something is below the destination, as a chain of names: a thousand deep directories share what they have.
+
+Used by the other files of this room.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Trail"]
+
+
+class Trail(NamedTuple):
+    """A name in another place; without one it is the top, whose name is that of a person."""
+
+    above: Trail | None
+    name: bytes
+
+    def path(self) -> bytes:
+        """Return the names with slashes between them."""
+        return b"/".join(self.names())
+
+    def names(self) -> list[bytes]:
+        """Return the names from the top on."""
+        names = []
+        at: Trail | None = self
+        while at is not None:
+            names.append(at.name)
+            at = at.above
+        return names[::-1]
