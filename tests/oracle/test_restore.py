@@ -531,3 +531,31 @@ def test_a_terminal_sees_where_it_is(bare: Bare, tmp_path: Path) -> None:
     assert re.search(rb"\r\x1b\[K\d+ files, [\d.]+ \w+, [\d.]+ \w+/s  /[^\r]+\r\x1b\[K", said)
     assert f"\x1b[Kqcowfs: {tmp_path}/fstab: it is there already\r\n".encode() in said
     assert said.endswith(b"\r\x1b[K")
+
+
+def memory(*words: str | Path) -> int:
+    """Return the bytes that a restore had at most."""
+    process = subprocess.Popen([*launcher(), "restore", *map(str, words)])
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return used.ru_maxrss * 1024
+
+
+def test_memory_does_not_grow_with_what_a_directory_holds(tmp_path: Path) -> None:
+    """A listing that is held takes 500 bytes or more for each entry, and its pages are 1 MiB."""
+    count = 60_000
+    raw = tmp_path / "disk.raw"
+    raw.touch()
+    os.truncate(raw, 64 * MIB)
+    run("mke2fs", "-q", "-t", "ext4", "-N", str(count + 1000), raw)
+    with loop_mounted(raw, "rw") as at:
+        for name in ("few/file", "many/file"):
+            (at / name).parent.mkdir()
+            (at / name).touch()
+        for number in range(count):
+            os.mknod(at / f"many/{number:040}", stat.S_IFREG | 0o644)
+
+    few, many = (memory("--image-format", "raw", raw, f"current:{name}", tmp_path) for name in ("few", "many"))
+    assert count + 1 == len(os.listdir(tmp_path / "many"))
+    assert many - few < count * 200
