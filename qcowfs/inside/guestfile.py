@@ -6,6 +6,7 @@ Used by the vfs and the commands. Any thread; a file of many pieces takes some r
 from __future__ import annotations
 
 import errno
+import os
 
 from qcowfs import limits
 from qcowfs._mapped import Mapped
@@ -35,6 +36,21 @@ class Broken:
         if length and offset + length > self._beginning.virtual_size:
             raise self._fault
         return self._beginning.pread(offset, length)
+
+    def seek(self, offset: int, whence: int) -> int | None:
+        """Return where the first data (SEEK_DATA) or hole (SEEK_HOLE) at `offset` or after it is; None: nowhere.
+
+        What cannot be read counts as data, so that reading it is an error and not a hole.
+        """
+        known = self._beginning.virtual_size
+        if offset >= self.virtual_size:
+            return None
+        if offset >= known:
+            return offset if whence == os.SEEK_DATA else self.virtual_size
+        found = self._beginning.seek(offset, whence)
+        if whence == os.SEEK_DATA:
+            return known if found is None else found
+        return self.virtual_size if found is None or found >= known else found
 
 
 def file_disk(tree: Tree, volume: Mapped, ino: int, size: int) -> Mapped | Broken | None:

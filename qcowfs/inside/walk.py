@@ -17,7 +17,7 @@ from qcowfs import limits
 from qcowfs._mapped import Mapped
 from qcowfs.errors import TreeFault, printable
 from qcowfs.inside.client import Tree
-from qcowfs.inside.guestfile import file_disk
+from qcowfs.inside.guestfile import Broken, file_disk
 from qcowfs.inside.record import ENTRY, EXTENT, INODE, NO_XATTRS, UNMAPPED, Inode
 
 __all__ = [
@@ -106,7 +106,7 @@ class Place:
         """Return the extended attributes."""
         return {}
 
-    def disk(self) -> Mapped | None:
+    def disk(self) -> Mapped | Broken | None:
         """Return the bytes of this regular file; None: `read` makes them."""
         raise TreeFault(self.name, "not a regular file", errno.EINVAL)
 
@@ -183,7 +183,7 @@ class File(Place):
     def xattrs(self) -> dict[bytes, bytes]:
         return {} if self.inode.flags & NO_XATTRS else self.tree.xattrs(self.inode.ino)
 
-    def disk(self) -> Mapped | None:
+    def disk(self) -> Mapped | Broken | None:
         if not stat.S_ISREG(self.inode.mode):
             return super().disk()
         if self.extents is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def test_of_a_file_that_breaks_off_the_beginning_is_read(volume: Mapped) -> None
     assert disk.virtual_size == 100
     assert CONTENT[10:50] == disk.pread(10, 40)
     assert disk.pread(100, 10) == b""
+    assert [disk.seek(offset, os.SEEK_DATA) for offset in (0, 49, 50, 99, 100)] == [0, 49, 50, 99, None]
+    assert [disk.seek(offset, os.SEEK_HOLE) for offset in (0, 50, 99, 100)] == [100, 100, 100, None]
     for offset, length in ((49, 2), (50, 1), (99, 100)):
         with pytest.raises(TreeFault, match="a chain that breaks off"):
             disk.pread(offset, length)
