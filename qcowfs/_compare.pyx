@@ -23,7 +23,9 @@ from qcowfs._pair cimport (
 )
 from qcowfs._resolve cimport disk_resolve, disk_t, resolve_by_layers, resolved_t
 from qcowfs._source cimport source_t
-from qcowfs._tables cimport LAYER_RAW, NORMAL, UNALLOCATED, ZERO_ALLOCATED, fault_t, layer_l2_table, layer_t
+from qcowfs._tables cimport (
+    LAYER_RAW, NORMAL, UNALLOCATED, ZERO_ALLOCATED, fault_t, layer_l2_table, layer_map, layer_t, mapping_t,
+)
 
 cdef uint64_t ALL = <uint64_t>1 << 62  # more than any file has
 
@@ -257,21 +259,24 @@ cdef uint64_t take_fault(
 
 
 cdef uint64_t fault_reach(const disk_t* disk, uint64_t offset, const fault_t* fault) noexcept nogil:
-    """Bytes from `offset` to the end of what is behind the entry: a cluster, or all of an L2 table."""
+    """Bytes from `offset` to the end of what is behind the entry (a cluster, or an L2 table) and no layer above has."""
     cdef uint64_t length = disk.virtual_size - offset
-    cdef uint64_t l2_offset
+    cdef uint64_t within, l2_offset
     cdef const layer_t* layer
     cdef uint32_t number
+    cdef mapping_t above
     cdef fault_t ignored
     for number in range(disk.count):
         layer = disk.layers[number]
-        if layer.depth != fault.depth:
-            continue
-        if layer.kind == LAYER_RAW:
-            return min(length, BUFFER - offset % BUFFER)
-        if layer_l2_table(layer, disk.cache, offset, &length, &l2_offset, &ignored) < 0:
-            return length
-        return min(length, (<uint64_t>1 << layer.cluster_bits) - (offset & ((<uint64_t>1 << layer.cluster_bits) - 1)))
+        if layer.depth == fault.depth:
+            if layer.kind == LAYER_RAW:
+                return min(length, BUFFER - offset % BUFFER)
+            if layer_l2_table(layer, disk.cache, offset, &length, &l2_offset, &ignored) < 0:
+                return length
+            within = offset & ((<uint64_t>1 << layer.cluster_bits) - 1)
+            return min(length, (<uint64_t>1 << layer.cluster_bits) - within)
+        if layer_map(layer, disk.cache, offset, length, &above, &ignored) == 0:
+            length = min(length, above.length)
     return length
 
 

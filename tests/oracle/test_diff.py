@@ -213,6 +213,25 @@ def test_a_cluster_that_cannot_be_read_is_told_and_all_others_are_compared(
     assert document["same"] is False
 
 
+def test_what_lies_above_a_damaged_table_is_compared(image: Path, tmp_path: Path) -> None:
+    overlay = made(tmp_path / "overlay.qcow2", "-b", image.name, "-F", "qcow2")
+    qemu_io(overlay, "write -P 9 64k 4k")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in (image, overlay):
+        shutil.copyfile(path, copy / path.name)
+    qemu_io(copy / overlay.name, "write -P 8 64k 512")
+    Tables(copy / image.name).l1(0, 1 << 63 | CLUSTER + 512)
+    faults: list[tuple[int, int]] = []
+    old, new = disks(overlay, "current", copy / overlay.name, "current")
+
+    found = list(differing(old, new, granularity=1, on_fault=lambda *fault: faults.append(fault[:2])))
+
+    assert [(64 * KIB, 512)] == found
+    assert 64 * KIB == faults[0][1]
+    assert [REACH - CLUSTER, 0] == [sum(length for _, length in faults), faults[0][0]]
+
+
 def test_a_stream_that_cannot_be_decompressed_is_its_own_cluster_only(tmp_path: Path) -> None:
     path = made(tmp_path / "image.qcow2", cluster=65536)
     qemu_io(path, *(f"write -c -P {number + 1} {number << 16} 64k" for number in range(16)))
@@ -321,6 +340,11 @@ def test_what_is_wrong_is_one_line_and_its_exit_code(
     told = capsys.readouterr()
     assert "" == told.out
     assert said in told.err.splitlines()[0]
+
+
+def test_a_point_where_an_image_belongs_is_met_with_a_hint(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert SourceError.exit_code == cli.main(["diff", "--blocks", str(image), "a"])
+    assert "hint: for two points of one image, give IMAGE, OLD and NEW" == capsys.readouterr().err.splitlines()[1]
 
 
 def test_without_blocks_nothing_is_compared(image: Path, capsys: pytest.CaptureFixture[str]) -> None:

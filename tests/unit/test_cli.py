@@ -51,6 +51,13 @@ def test_verbs_work_where_pyfuse3_and_trio_cannot_be_imported(image: Path, verb:
     assert json.loads(done.stdout)
 
 
+def test_diff_works_where_pyfuse3_and_trio_cannot_be_imported(image: Path) -> None:
+    done = run("diff", "--blocks", "--json", image, f"{image}:before-upgrade", blocked=("pyfuse3", "trio"))
+
+    assert (0, "") == (done.returncode, done.stderr)
+    assert json.loads(done.stdout)["same"]
+
+
 def test_mount_without_pyfuse3_says_so(image: Path, tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
 
