@@ -125,7 +125,7 @@ def export(
         try:
             copy.run(watch(copy.total) if watch is not None else None)
             writer.finish()
-            os.fsync(target.descriptor)
+            target.flush()
         except OSError as error:
             raise _cannot_write(path, copy, error) from error
         for one in (point, old):

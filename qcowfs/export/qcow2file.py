@@ -78,11 +78,12 @@ class Qcow2Writer:
         self._compress = compress
         self._zstd = zstd
         self._lock = threading.Lock()  # for all below
-        self._l1 = array("Q", bytes(8 * -(-virtual_size // REACH)))
-        if len(self._l1) * 8 > limits.MAX_L1_SIZE:
+        l1_entries = -(-virtual_size // REACH)
+        if l1_entries * 8 > limits.MAX_L1_SIZE:
             raise QcowfsError(
                 f"a disk of {virtual_size:#x} bytes is too large for a qcow2 image with clusters of 64 KiB"
             )
+        self._l1 = array("Q", bytes(8 * l1_entries))
         self._refcounts = array("H")  # of every host cluster so far
         self._loose = 0  # host offset where the next compressed cluster may go: within a cluster that has room
         self._allocate(1)

@@ -46,6 +46,8 @@ def require_free(path: str, chain: Chain, *, force: bool) -> None:
 class Target:
     """A file that appears under its name when the `with` block ends well, and leaves nothing behind if it does not.
 
+    What was written has to be flushed at the end of the block.
+
     Args:
         path: the name; a symbolic link of that name is replaced, not followed.
         force: something else of that name may be replaced.
@@ -60,10 +62,17 @@ class Target:
     def __init__(self, path: str, *, force: bool) -> None:
         self.path = path
         self._force = force
-        self._temporary = os.path.join(os.path.dirname(path), f".qcowfs-export-{secrets.token_hex(8)}")
+        directory, self._name = os.path.split(path)
+        self._temporary = f".qcowfs-export-{secrets.token_hex(8)}"
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self.descriptor = os.open(self._temporary, flags, 0o666)
+            # By its descriptor the directory is the same to the end, whoever moves it meanwhile.
+            self._directory = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                self.descriptor = os.open(self._temporary, flags, 0o666, dir_fd=self._directory)
+            except BaseException:
+                os.close(self._directory)
+                raise
         except OSError as error:
             raise SourceError.from_oserror(path, "cannot write", error) from error
 
@@ -76,34 +85,42 @@ class Target:
         try:
             if kind is None:
                 self._complete()
+        except OSError as failure:
+            raise SourceError.from_oserror(self.path, "cannot write", failure) from failure
         finally:
             os.close(self.descriptor)
             with suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+                os.unlink(self._temporary, dir_fd=self._directory)
+            os.close(self._directory)
+
+    def flush(self) -> None:
+        """Put the file on the disk, before its name is there: after a crash there is all of it or nothing.
+
+        Raises:
+            OSError: there is no room for it, on file systems that find that out only now.
+        """
+        os.fsync(self.descriptor)
 
     def _complete(self) -> None:
-        """Put the file on the disk first, then its name: after a crash there is all of it or nothing."""
-        os.fsync(self.descriptor)
         if self._force:
-            os.rename(self._temporary, self.path)
+            self._rename()
         else:
             self._rename_if_free()
-        directory = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        os.fsync(self._directory)
+
+    def _rename(self) -> None:
+        os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def _rename_if_free(self) -> None:
         """rename(2) would replace what somebody else has made meanwhile; link(2) does not, but vfat has none."""
         try:
-            os.link(self._temporary, self.path)
+            os.link(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except FileExistsError:
             raise QcowfsError(f"{printable(self.path)}: somebody else has made it meanwhile") from None
         except OSError as error:
             if error.errno not in NO_LINKS or os.path.lexists(self.path):
                 raise
-            os.rename(self._temporary, self.path)
+            self._rename()
 
 
 def _files_of(chain: Chain) -> Collection[tuple[int, int]]:

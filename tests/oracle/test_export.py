@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from qcowfs import cli
 from qcowfs.chain import open_chain
 from qcowfs.cli.points import named_points
-from qcowfs.errors import ReadFault
+from qcowfs.errors import QcowfsError, ReadFault
 from qcowfs.export import qcow2file
 from qcowfs.export.kinds import DATA
 from qcowfs.gate import Policy
@@ -141,6 +142,7 @@ def test_compressed_clusters_of_every_length(tmp_path: Path, compression: str) -
     image, out = tmp_path / "image.raw", tmp_path / "out"
     generator = random.Random(1)
     clusters = [generator.randbytes(length).ljust(CLUSTER, b"\1") for length in range(0, CLUSTER + 1, 3 * SECTOR)]
+    clusters.append(generator.randbytes(CLUSTER))
     image.write_bytes(b"".join(clusters))
     words = ["export", "--image-format", "raw", "-O", "qcow2", "--compression", compression]
 
@@ -148,6 +150,27 @@ def test_compressed_clusters_of_every_length(tmp_path: Path, compression: str) -
     assert_is(out, image.read_bytes(), compression)
     said = json.loads(qemu("qemu-img", "check", "--output=json", "-f", "qcow2", out).stdout)
     assert len(clusters) // 2 < said["compressed-clusters"] < len(clusters)
+
+
+def test_beside_a_writer_only_what_stays_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Own fixture, QEMU writes."""
+    need("qemu-img", "qemu-io")
+    image, directory, out = tmp_path / "image.qcow2", tmp_path / "chain", tmp_path / "out"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", image, str(MIB))
+    qemu_io(image, "write -P 1 0 64k")
+    qemu("qemu-img", "snapshot", "-c", "before", image)
+    with subprocess.Popen(["qemu-io", "-f", "qcow2", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdin is not None and writer.stdout is not None
+        writer.stdin.write(b"write -P 2 0 64k\nflush\n")
+        writer.stdin.flush()
+        assert b"wrote 65536" in writer.stdout.readline()
+
+        assert QcowfsError.exit_code == cli.main(["export", str(image), "current", str(out)])
+        assert "another process is writing this point" in capsys.readouterr().err
+        assert 0 == cli.main(["export", "--all", str(directory), str(image)])
+        assert ["before.qcow2"] == os.listdir(directory)
+        assert_is(directory / "before.qcow2", b"\1" * CLUSTER + bytes(MIB - CLUSTER), "before")
+        writer.communicate(b"quit\n", timeout=60)
 
 
 def test_refcounts_of_more_than_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

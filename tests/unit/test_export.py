@@ -26,6 +26,7 @@ from qcowfs.errors import QcowfsError, ReadFault, SourceError, UsageError
 from qcowfs.export import job
 from qcowfs.export.changes import pieces
 from qcowfs.export.compression import COMPRESSIONS
+from qcowfs.export.qcow2file import Qcow2Writer
 from qcowfs.gate import Policy
 from qcowfs.snapshot import by_age
 from qcowfs.vfs.names import file_name
@@ -457,3 +458,32 @@ def test_zlib_looks_back_no_farther_than_qemu_does() -> None:
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_what_does_not_shrink_is_not_compressed(compression: str) -> None:
     assert COMPRESSIONS[compression](memoryview(os.urandom(CLUSTER))) is None
+
+
+def test_a_disk_that_qcow2_cannot_hold_is_refused_before_its_table_is_made(tmp_path: Path) -> None:
+    """Own fixture: QEMU opens L1 tables of 32 MiB at most, which reach over 2 PiB."""
+    with (tmp_path / "out").open("wb") as file:
+        Qcow2Writer(file.fileno(), 2 << 50)
+        for size in ((2 << 50) + 1, 1 << 62):
+            with pytest.raises(QcowfsError, match="too large for a qcow2 image"):
+                Qcow2Writer(file.fileno(), size)
+
+
+def test_a_directory_that_moves_takes_the_file_along(image: Path, out: Path) -> None:
+    def move(total: Callable[[], int]) -> None:
+        out.parent.rename(out.parent.with_name("moved"))
+
+    with open_chain(str(image), Policy()) as chain:
+        job.export(chain, find_point(chain, "one"), str(out), job.Form(format="raw"), watch=move)
+
+    assert ["disk"] == os.listdir(out.parent.with_name("moved"))
+
+
+def test_a_name_that_cannot_be_given_leaves_nothing(image: Path, out: Path) -> None:
+    def make(total: Callable[[], int]) -> None:
+        out.mkdir()
+
+    with open_chain(str(image), Policy()) as chain, pytest.raises(SourceError, match="cannot write: Is a directory"):
+        job.export(chain, find_point(chain, "one"), str(out), job.Form(format="raw"), force=True, watch=make)
+
+    assert ["disk"] == os.listdir(out.parent)
