@@ -50,7 +50,7 @@ function _shtab_qcowfs_using
   test "$_shtab_qcowfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_qcowfs_commands mount umount list ls cat info map
+set -g _shtab_qcowfs_commands mount umount list ls cat diff history info map
 set -g _shtab_qcowfs_opts_with_value --allow-backing --cache-size --image-format --log-file --with -o
 
 complete -c qcowfs -e
@@ -108,6 +108,26 @@ complete -c qcowfs -n '_shtab_qcowfs_using cat' -l no-lock -d 'do not keep QEMU 
 complete -c qcowfs -n '_shtab_qcowfs_using cat' -l norecovery -d 'show file systems as they are, without replaying their journals'
 complete -c qcowfs -n '_shtab_qcowfs_using cat' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
 complete -c qcowfs -n '_shtab_qcowfs_using cat; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
+complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a diff -d 'Tell which files differ between two points in time.'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -s h -l help -d 'show this help message and exit'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l checksum -d 'compare all contents, whatever the inodes say'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l stat -d 'print how many differ in each directory'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l json -d 'print one JSON document, for programs'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l norecovery -d 'show file systems as they are, without replaying their journals'
+complete -c qcowfs -n '_shtab_qcowfs_using diff' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using diff; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
+complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a history -d 'Tell every version of a file that the points hold.'
+complete -c qcowfs -n '_shtab_qcowfs_using history' -s h -l help -d 'show this help message and exit'
+complete -c qcowfs -n '_shtab_qcowfs_using history' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using history' -l image-format -xka "qcow2 qcow raw" -d 'the format of IMAGE, instead of finding out'
+complete -c qcowfs -n '_shtab_qcowfs_using history' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
+complete -c qcowfs -n '_shtab_qcowfs_using history' -l json -d 'print one JSON document, for programs'
+complete -c qcowfs -n '_shtab_qcowfs_using history' -l norecovery -d 'show file systems as they are, without replaying their journals'
+complete -c qcowfs -n '_shtab_qcowfs_using history' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using history; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
 complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a info -d 'Print the format, sizes and snapshots of each layer of the chain.'
 complete -c qcowfs -n '_shtab_qcowfs_using info' -s h -l help -d 'show this help message and exit'
 complete -c qcowfs -n '_shtab_qcowfs_using info' -l allow-backing -xka "(__fish_complete_directories)" -d 'files that images name may also lie below DIR, or anywhere; may be given more than once'

@@ -91,6 +91,10 @@ class Place:
             raise self.fault(errno.EISDIR)
         raise TreeFault(self.name, "not a regular file", errno.EINVAL)
 
+    def stored(self) -> Mapped | None:
+        """Return this regular file where its bytes are stored; None if its tree makes them, and `chunks` tells."""
+        return None
+
     def fault(self, number: int) -> TreeFault:
         """Return the error of a system call on this."""
         return TreeFault(self.name, os.strerror(number), number)
@@ -139,10 +143,12 @@ class File(Place):
     def chunks(self) -> Iterator[bytes]:
         if not stat.S_ISREG(self.inode.mode):
             return super().chunks()
-        ino, size = self.inode.ino, self.inode.size
-        disk = file_disk(self.tree, self.volume, ino, size)
-        read = partial(self.tree.read, ino) if disk is None else disk.pread
-        return chunks(read, size, self.tree.name)
+        disk = self.stored()
+        read = partial(self.tree.read, self.inode.ino) if disk is None else disk.pread
+        return chunks(read, self.inode.size, self.tree.name)
+
+    def stored(self) -> Mapped | None:
+        return file_disk(self.tree, self.volume, self.inode.ino, self.inode.size)
 
     def _what(self, inode: Inode) -> str:
         """Return why an entry is damaged: a listing has no room for the text."""

@@ -19,7 +19,7 @@ from qcowfs._cache import Cache
 from qcowfs._mapped import Mapped
 from qcowfs._source import FileSource
 from qcowfs.sizes import Sizes
-from qcowfs.snapshot import LiveDisk, open_disk
+from qcowfs.snapshot import LiveDisk, newness, open_disk
 from qcowfs.vfs import names, xattrs
 from qcowfs.vfs.beside import Beside
 from qcowfs.vfs.faults import FaultLog
@@ -268,13 +268,5 @@ def _is_refused(node: Node) -> bool:
 
 
 def latest(points: Iterable[Point]) -> Point | None:
-    """Return the newest frozen point; never the active state. None if there is none.
-
-    At the same date the one nearest to the active state is the newer: the upper layer; in one layer its active state
-    before its snapshots, and of those the one added to the table last.
-    """
-    return max((point for point in points if point.frozen and point.kind != "active"), key=_newness, default=None)
-
-
-def _newness(point: Point) -> tuple[int, int, bool, int]:
-    return point.date_ns, -point.depth, point.entry is None, point.entry.ordinal if point.entry else 0
+    """Return the newest frozen point; never the active state. None if there is none."""
+    return max((point for point in points if point.frozen and point.kind != "active"), key=newness, default=None)
