@@ -5,6 +5,7 @@ Used by the commands. One thread. Differences come in the order of a walk: a dir
 
 from __future__ import annotations
 
+import errno
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -137,6 +138,8 @@ class Comparison:
         one, other = old.stored(), new.stored()
         if one is not None and other is not None:
             return same_bytes(one, other, self._file_of)
+        if old.inode.size > limits.MAX_READ_FILE:
+            raise TreeFault(old.name, f"too large to be compared: {old.inode.size} bytes", errno.EFBIG)
         return all(a == b for a, b in zip_longest(old.chunks(), new.chunks()))
 
     def same_volume(self, old: Mapped | None, new: Mapped | None) -> bool:

@@ -254,6 +254,8 @@ def _is_at_or_below(path: bytes, top: bytes) -> bool:
 
 
 def _bytes_digest(place: Place) -> str:
+    if place.inode.size > limits.MAX_READ_FILE:
+        raise TreeFault(place.name, f"too large to be hashed: {place.inode.size} bytes", errno.EFBIG)
     found = hashlib.sha256()
     for chunk in place.chunks():
         found.update(chunk)

@@ -82,6 +82,7 @@ MAX_EXT_MAP = 1 << 16  # extents, and KiB of the map's blocks, of one ext file t
 MAX_LISTED_ENTRIES = 1 << 20  # of one directory that is held to be sorted: 300 MB
 MAX_WALKED_DIRECTORIES = 1 << 21  # that one walk remembers, so that none is entered twice: 200 MB
 MAX_WALK_DEPTH = 1024  # directories in directories; a path of Linux has 2,048 components at most
+MAX_READ_FILE = 1 << 40  # bytes of one file that are read to be hashed or compared: a quarter of an hour, even of zeros
 MAX_HISTORY_PATHS = 20_000  # of one pattern, whose versions are all held: a person reads no more
 MAX_RENAME_CHANGES = 1 << 17  # differences of two trees that are held to find renames among them: 100 MB
 

@@ -6,17 +6,20 @@ import base64
 import itertools
 import json
 import os
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import need
+from tests.support.crash import mounted
 from tests.support.mounts import call
 from tests.support.states import State, make_states
 
-STATES = 31
+STATES = int(os.environ.get("STATES", "31"))
 STEPS = 60
 MTIME = 0
 Facts = tuple[Any, ...]
@@ -132,3 +135,60 @@ def test_the_storms_change_everything(states: tuple[Path, list[State]]) -> None:
     kinds = [change["change"] for old, new in pairs for change in document(image, old.point, new.point)]
 
     assert all(kinds.count(kind) >= 3 for kind in ("added", "removed", "modified", "metadata", "type", "renamed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [3, 4])
+def test_all_contents_are_compared_with_checksum(states: tuple[Path, list[State]], number: int) -> None:
+    image, found = states
+    old, new = found[number - 1], found[number]
+
+    assert document(image, old.point, new.point) == document(image, "--checksum", old.point, new.point)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [5, 6, 7, 8])
+def test_rsync_sees_the_same(states: tuple[Path, list[State]], number: int, tmp_path: Path) -> None:
+    need("rsync")
+    image, found = states
+    old, new = found[number - 1], found[number]
+    copies = [shutil.copy(state.raw, tmp_path / name) for state, name in ((old, "old"), (new, "new"))]
+    with mounted(copies[0]) as before, mounted(copies[1]) as after:
+        words = ["-aAXn", "--delete", "--checksum", "--itemize-changes", "--8-bit-output", "--out-format=%i %n"]
+        said = subprocess.run(["rsync", *words, f"{after}/", f"{before}/"], check=True, capture_output=True).stdout
+
+    assert rsync_lines(said) == unfolded(old, new, document(image, old.point, new.point))
+
+
+def rsync_lines(said: bytes) -> set[tuple[str, bytes]]:
+    """Return what rsync would do to the old tree, as (added, removed or changed, path)."""
+    found = set()
+    for line in said.splitlines():
+        what, _, path = line.partition(b" ")
+        path = path.strip().rstrip(b"/")
+        if what == b"*deleting":
+            found.add(("removed", path))
+        elif what[2:].strip(b"+") == b"":
+            found.add(("added", path))
+        elif what[2:].strip(b".t") or what[1:2] != b"d":  # a directory's time
+            found.add(("changed", path))
+    return {(what, path) for what, path in found if path not in (b"", b".")}
+
+
+def unfolded(old: State, new: State, changes: list[dict[str, Any]]) -> set[tuple[str, bytes]]:
+    """Return what is told in the same form: without renames."""
+    told = {("removed", path) for path in old.guest.keys() - new.guest.keys()}
+    told |= {("added", path) for path in new.guest.keys() - old.guest.keys()}
+    for change in changes:
+        path = raw(change, "path")
+        if change.get("differs") == ["mtime"] and seconds(change["old"]) == seconds(change["new"]):
+            continue  # rsync sees no fractions of a second here
+        if change["change"] in ("modified", "metadata") and path in old.guest:
+            told.add(("changed", path))
+        elif change["change"] == "type":  # it is deleted, and another is made
+            told |= {("removed", path), ("added", path)} if change["old"]["type"] == "directory" else {("added", path)}
+    return {(what, path) for what, path in told if path}
+
+
+def seconds(side: dict[str, Any]) -> str:
+    return str(side["mtime"]).partition(".")[0]

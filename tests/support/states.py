@@ -10,7 +10,7 @@ import contextlib
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +20,11 @@ from tests.support.guests import Guest
 from tests.support.images import qemu
 from tests.support.trees import describe
 
-__all__ = ["State", "make_states"]
+__all__ = ["State", "make_states", "overlays"]
 
 SIZE = 32 << 20
+CLUSTER = 64 << 10  # of an overlay
+WRITES = 200  # of one qemu-io
 
 
 class State(NamedTuple):
@@ -37,6 +39,35 @@ class State(NamedTuple):
     guest: Guest
 
 
+def overlays(directory: Path, image: Path, raws: Sequence[Path]) -> list[str]:
+    """Make `image`, an overlay for each raw disk on that of the one before, and return the names of their points.
+
+    An overlay has what differs, as if a machine had written it: what is the same is in the same clusters of the base.
+    """
+    names = [f"layer{number}" for number in range(len(raws) - 1)] + ["current"]
+    layers = [image if name == "current" else directory / f"{name}.qcow2" for name in names]
+    qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raws[0], layers[0])
+    for number in range(1, len(raws)):
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", layers[number - 1], "-F", "qcow2", layers[number])
+        _write_differences(raws[number - 1], raws[number], layers[number])
+    return names
+
+
+def _write_differences(before: Path, after: Path, overlay: Path) -> None:
+    words: list[str] = []
+    piece = overlay.with_suffix(".piece")
+    with before.open("rb") as old, after.open("rb") as new:
+        for place in range(0, after.stat().st_size, CLUSTER):
+            data = new.read(CLUSTER)
+            if data != old.read(CLUSTER):
+                words += ["-c", f"write -q -s {piece}.{place} {place} {len(data)}"]
+                Path(f"{piece}.{place}").write_bytes(data)
+    for first in range(0, len(words), 2 * WRITES):
+        qemu("qemu-io", "-f", "qcow2", "-t", "unsafe", *words[first : first + 2 * WRITES], overlay)
+    for path in piece.parent.glob(f"{piece.name}*"):
+        path.unlink()
+
+
 def make_states(directory: Path, image: Path, count: int, *, steps: int, seed: int) -> list[State]:
     """Make `image`, with `count` states of which each but the first is an overlay of the one before."""
     disk = directory / "disk"
@@ -44,16 +75,10 @@ def make_states(directory: Path, image: Path, count: int, *, steps: int, seed: i
     os.truncate(disk, SIZE)
     run("mke2fs", "-q", "-F", "-t", "ext4", disk)
     rng = random.Random(seed)
-    states: list[State] = []
-    for number in range(count):
-        raw = directory / f"state{number}.raw"
+    raws = [directory / f"state{number}.raw" for number in range(count)]
+    for number, raw in enumerate(raws):
         _change(disk, raw, rng, steps, cut=number % 2 == 1)
-        last = number == count - 1
-        overlay = image if last else directory / f"layer{number}.qcow2"
-        below = ["-B", directory / f"layer{number - 1}.qcow2", "-F", "qcow2"] if number else []
-        qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *below, raw, overlay)
-        states.append(State("current" if last else overlay.stem, raw, *_kernel(raw)))
-    return states
+    return [State(name, raw, *_kernel(raw)) for name, raw in zip(overlays(directory, image, raws), raws, strict=True)]
 
 
 def _change(disk: Path, raw: Path, rng: random.Random, steps: int, *, cut: bool) -> None:
