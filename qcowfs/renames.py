@@ -86,14 +86,15 @@ class _Renames:
         if _age(one) == _age(other):
             return True
         if stat.S_ISDIR(one.mode):
-            return self._mostly_same(old.path, new.path)
+            return self._half_the_same(old.path, new.path)
         # Without a byte that is stored, two files of one size are always in the same places.
         stored = stat.S_ISREG(one.mode) and one.blocks and other.blocks
         return bool(stored) and self._comparison.same_stored(old.old, new.new)
 
-    def _mostly_same(self, old: bytes, new: bytes) -> bool:
+    def _half_the_same(self, old: bytes, new: bytes) -> bool:
         before, after = self._names[0].get(old, {}), self._names[1].get(new, {})
-        return 2 * len(before.items() & after.items()) > max(len(before), len(after))
+        common = len(before.items() & after.items())
+        return common > 0 and 2 * common >= max(len(before), len(after))
 
     def _settle(self, old: bytes, new: bytes) -> None:
         """Compare what was renamed, and all that is in both, under the new path."""

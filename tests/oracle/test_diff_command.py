@@ -164,6 +164,78 @@ def test_what_is_damaged_is_told_and_the_rest_is_compared(damaged: Path, tmp_pat
     assert ["good", "more"] == [change["path"].removeprefix("dir/") for change in document["changes"]]
 
 
+def test_what_was_renamed(tmp_path: Path) -> None:
+    disk, before, image = tmp_path / "disk", tmp_path / "before", tmp_path / "image.qcow2"
+    make_tree(disk, 16 * MIB, plant)
+    shutil.copy(disk, before)
+    with mounted(disk) as at:
+        (at / "a").rename(at / "b")
+        os.link(at / "b" / "x", at / "0 a link, and no rename")
+        (at / "b" / "out").rename(at / "z")
+        (at / "b" / "sub").rename(at / "b" / "sub2")
+        (at / "b" / "sub2" / "changed").write_bytes(b"anew")
+        (at / "gone" / "kept").rename(at / "kept")
+        (at / "gone").rmdir()
+        (at / "link").rename(at / "other link")
+        (at / "fifo").rename(at / "b" / "fifo")
+        (at / "touched").rename(at / "touched later")
+        os.utime(at / "touched later", ns=(1, 1))
+    points = overlays(tmp_path, image, [before, disk])
+
+    assert [
+        "A 0 a link, and no rename",
+        "R a -> b",
+        "R fifo -> b/fifo",
+        "R a/sub -> b/sub2",
+        "M b/sub2/changed",
+        "D gone",
+        "R gone/kept -> kept",
+        "R link -> other link",
+        "R touched -> touched later",
+        "m touched later",
+        "R a/out -> z",
+    ] == lines(image, *points)
+
+
+def plant(root: Path) -> None:
+    for directory in ("a/sub", "gone/kept/below"):
+        (root / directory).mkdir(parents=True)
+    for name in ("a/x", "a/y", "a/out", "a/sub/same", "a/sub/changed", "gone/kept/below/file", "touched"):
+        (root / name).write_bytes(name.encode() * 100)
+    (root / "link").symlink_to("nowhere")
+    os.mkfifo(root / "fifo")
+
+
+def test_a_number_that_is_used_again_is_no_rename(tmp_path: Path) -> None:
+    kinds = ("file", "empty", "dir", "link")
+    raws = [tmp_path / when for when in ("old", "new")]
+    numbers = []
+    for raw_disk in raws:
+        make_tree(raw_disk, 16 * MIB, lambda root, when=raw_disk.name: [make(root, when, kind) for kind in kinds])
+        with mounted(raw_disk, "ro") as at:
+            numbers.append([(at / f"{raw_disk.name} {kind}").lstat().st_ino for kind in kinds])
+    image = tmp_path / "image.qcow2"
+    points = overlays(tmp_path, image, raws)
+
+    assert numbers[0] == numbers[1]
+    found = lines(image, *points)
+    assert {*"AD"} == {line[0] for line in found}
+    assert "D old dir/inner" in found
+
+
+def make(root: Path, when: str, kind: str) -> None:
+    path = root / f"{when} {kind}"
+    if kind == "dir":
+        path.mkdir()
+        (path / "inner").write_text(when)
+        for number in range(2):
+            (path / f"{number} of {when}").write_text(when)
+    elif kind == "link":
+        path.symlink_to(when)
+    else:
+        path.write_text("" if kind == "empty" else when * 5000)
+
+
 def test_only_checksum_finds_what_no_inode_tells(tmp_path: Path) -> None:
     """Bytes that changed behind the file system's back."""
     before, after, image = tmp_path / "before", tmp_path / "after", tmp_path / "image.qcow2"

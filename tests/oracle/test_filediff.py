@@ -105,6 +105,8 @@ def check_renames(
         assert old.inodes[source] == new.inodes[path]
         assert path not in old.guest or difference(old.guest[path], new.guest[path]) == "" or source not in new.guest
         assert stat.S_IFMT(old.guest[source][0]) == stat.S_IFMT(new.guest[path][0])
+        if not stat.S_ISDIR(new.guest[path][0]):
+            assert aged(old, source) == aged(new, path) or held(old.guest[source]) == held(new.guest[path])
     removed = {aged(old, path) for path in by_kind.get("removed", {}) if not stat.S_ISDIR(old.guest[path][0])}
     added = {aged(new, path) for path in by_kind.get("added", {}) if not stat.S_ISDIR(new.guest[path][0])}
     assert set() == removed & added
