@@ -184,7 +184,7 @@ class _History:
         """Yield what a path or a pattern means in a point."""
         if root is None:
             return
-        exact = _resolved(root, path, tell, follow=False)
+        exact = _resolved(root, path, _ignored if pattern else tell, follow=False)
         if exact is not None:
             yield path, exact
         if exact is not None or not pattern:
@@ -247,6 +247,10 @@ def _resolved(root: Place, path: bytes, tell: Callable[[bytes, QcowfsError], Non
         if fault.errno not in GONE:
             tell(path, fault)
         return None
+
+
+def _ignored(path: bytes, error: QcowfsError) -> None:
+    """Say nothing: a pattern is hardly meant as a name, and looking for what is like it tells the same."""
 
 
 def _is_at_or_below(path: bytes, top: bytes) -> bool:

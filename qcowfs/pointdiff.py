@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from qcowfs.errors import QcowfsError, TreeFault
-from qcowfs.filediff import ADDED, MODIFIED, REMOVED, TYPE, Change, Comparison
+from qcowfs.filediff import ADDED, MODIFIED, NEW, OLD, REMOVED, TYPE, Change, Comparison
 from qcowfs.inside.pointfiles import SUFFIX, Volumes
 from qcowfs.inside.walk import Place
 from qcowfs.renames import with_renames
@@ -54,18 +54,29 @@ def _raw(
     comparison: Comparison, name: bytes, old: Volumes, new: Volumes, roots: tuple[Place | str, Place | str]
 ) -> Iterator[Change]:
     """Compare the bytes of a volume that has no tree in one of two points."""
+    one, other = (_told_root(comparison, side, point, name + SUFFIX) for side, point in ((OLD, old), (NEW, new)))
+    if one is None or other is None:
+        return
     if any(isinstance(root, Place) for root in roots):
         for side, root in enumerate(roots):
             if isinstance(root, str):
                 comparison.tell(side, name, f"{root}; the volume is compared as a whole")
     try:
-        one, other = (point.resolve(name + SUFFIX, follow=False) for point in (old, new))
         same = comparison.same_contents(one, other)
     except QcowfsError as error:
         comparison.tell(None, name + SUFFIX, error.what if isinstance(error, TreeFault) else str(error))
         return
     if not same:
         yield Change(MODIFIED, name + SUFFIX, one, other, ("contents",))
+
+
+def _told_root(comparison: Comparison, side: int, volumes: Volumes, name: bytes) -> Place | None:
+    """Return a volume or its tree; None if it cannot be read, and the comparison was told."""
+    root = _root(volumes, name)
+    if isinstance(root, Place):
+        return root
+    comparison.tell(side, name, root)
+    return None
 
 
 def _root(volumes: Volumes, name: bytes) -> Place | str:

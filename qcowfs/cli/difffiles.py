@@ -6,6 +6,7 @@ Used by diff.py.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import qcowfs.cli
 from qcowfs._core import Disk
 from qcowfs.cli import output
-from qcowfs.cli.inside import Inside, Spot, open_images, plain, told
+from qcowfs.cli.inside import Inside, Spot, open_images, plain
 from qcowfs.cli.ls import MAX_JSON_ERRORS, SECOND, TYPES
 from qcowfs.cli.options import add_image_options, add_inside_options, add_json_option
 from qcowfs.errors import PointNotFound, TreeFault, UsageError, printable
@@ -130,21 +131,24 @@ def _pairs(
 ) -> Iterator[tuple[bytes, Place | None, Place | None]]:
     """Yield each path with what it is in both points."""
     for path in paths:
-        try:
-            old, new = (_place(side, path) for side in sides)
-        except TreeFault as fault:
-            teller.tell(None, path, fault.what)
+        found: list[Place | None] = []
+        for number, side in enumerate(sides):
+            try:
+                found.append(_place(side, path))
+            except TreeFault as fault:
+                teller.tell(number, path, fault.what)
+        if len(found) < len(sides):
             continue
-        if old is None and new is None:
+        if found == [None, None]:
             raise PointNotFound(sides[0].spot.image, printable(path), "it is in neither of the points")
-        yield path, old, new
+        yield path, found[0], found[1]
 
 
 def _place(side: _Side, path: bytes) -> Place | None:
     try:
         return side.spot.place.resolve(path, follow=False)
     except TreeFault as fault:
-        if isinstance(told(fault, "", ""), PointNotFound):
+        if fault.errno in (errno.ENOENT, errno.ENOTDIR):
             return None
         raise
 

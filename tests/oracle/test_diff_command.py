@@ -18,7 +18,7 @@ from tests.oracle.test_inside_commands import damaged
 from tests.support import need
 from tests.support.crash import mounted
 from tests.support.disks import run
-from tests.support.guests import Guest, make_tree, partitioned_image
+from tests.support.guests import Guest, make_tree, partitioned_image, volume_group
 from tests.support.images import qemu
 from tests.support.mounts import call
 from tests.support.states import overlays
@@ -131,6 +131,26 @@ def test_volumes_come_and_go_and_are_compared_as_a_whole(partitioned: Partitione
     assert done.stderr.startswith(
         f"qcowfs: {points[2]}:p2: nothing known is on it; the volume is compared as a whole\n"
     )
+
+
+def test_a_volume_that_is_not_there_as_a_whole_is_told_once(tmp_path: Path) -> None:
+    need("lvm", "qemu-img")
+    _, images = volume_group(tmp_path)
+    others = ("--with", images[1])
+
+    assert [] == lines(*others, images[0], "both", "both", code=0)
+    for words, where in ((others, ["current:vg-lv.raw"]), ((), ["both:vg-lv.raw", "current:vg-lv.raw"])):
+        done = call("diff", *words, images[0], "both", "current")
+        assert (1, "") == (done.returncode, done.stdout)
+        assert where == [line.split(": ")[1] for line in done.stderr.splitlines()]
+        assert done.stderr.count("is missing\n") == len(where)
+    done = call("diff", *others, images[0], "both", "current", "vg-lv")
+    assert (1, "") == (done.returncode, done.stdout)
+    assert done.stderr.startswith("qcowfs: current:vg-lv: the physical volume ")
+    history = call("history", *others, images[0], "vg-lv/l*")
+    assert history.returncode == 1
+    assert "both" in history.stdout
+    assert history.stderr.count("qcowfs: current:vg-lv: the physical volume ") == history.stderr.count("qcowfs: ") == 1
 
 
 def test_a_disk_that_was_one_file_system_is_another_thing(partitioned: Partitioned, tmp_path: Path) -> None:
