@@ -84,7 +84,7 @@ MAX_WALKED_DIRECTORIES = 1 << 21  # that one walk remembers, so that none is ent
 MAX_WALK_DEPTH = 1024  # directories in directories; a path of Linux has 2,048 components at most
 MAX_READ_FILE = 1 << 40  # bytes of one file that are read to be hashed or compared: a quarter of an hour, even of zeros
 MAX_HISTORY_PATHS = 20_000  # of one pattern, whose versions are all held: a person reads no more
-MAX_RENAME_CHANGES = 1 << 17  # differences of two trees that are held to find renames among them: 100 MB
+MAX_RENAME_CHANGES = 1 << 17  # differences of two trees that are held to find renames among them: 150 MB
 
 MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
 MAX_JOURNAL_RUNS = 1 << 15  # contiguous pieces of a journal: mke2fs makes a handful, and each costs 170 bytes here
