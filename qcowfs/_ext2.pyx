@@ -249,7 +249,9 @@ cdef class Filesystem:
     def xattrs(self, uint32_t ino) -> dict:
         """Return the extended attributes; ACLs in ext4's own form."""
         cdef ext2_xattr_handle *handle = NULL
+        cdef inode_record_t told
         found = {}
+        self.read(ino, &told)  # a damaged one must not come to the library's cache another way
         cdef xattrs_t xattrs = xattrs_t(<void *>found, XATTRS, False)
         check(ext2fs_xattrs_open(self.fs, ino, &handle), f"xattrs of inode {ino}")
         try:
@@ -298,6 +300,8 @@ cdef class Filesystem:
         cdef errcode_t code = ext2fs_read_inode2(self.fs, ino, <ext2_inode *>self.raw, <int>self.inode_size, 0)
         cdef const uint8_t *raw = self.raw
         if code:
+            # It is in the library's cache all the same, under the number of an inode that was there before.
+            ext2fs_flush_icache(self.fs)
             return error_message(code)
         memset(told, 0, sizeof(told[0]))
         told.ino = ino

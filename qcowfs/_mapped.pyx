@@ -60,6 +60,18 @@ cdef class Mapped:
         """Bytes of the file."""
         return self.c.size
 
+    @property
+    def runs(self):
+        """A list of (start, length, disk, offset), in bytes; no disk where the bytes are at hand. Gaps are zeros."""
+        cdef uint64_t number
+        cdef const run_t* run
+        cdef list found = []
+        for number in range(self.c.count):
+            run = &self.c.runs[number]
+            disk = None if run.disk == <uint32_t>LITERAL else self.disks[run.disk]
+            found.append((run.start, run.length, disk, run.offset))
+        return found
+
     def part(self, uint64_t size, const unsigned char[::1] extents, bytes literal=b""):
         """Return a file in this volume.
 

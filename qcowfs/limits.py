@@ -99,6 +99,9 @@ MAX_NTFS_STREAM = 65536  # Linux: bytes of an extended attribute, as which alter
 MAX_NTFS_STREAMS = 1 << 20  # bytes of all of one file; an answer has to hold them
 MAX_DAMAGED_RANGES = 1000  # of one file that is restored: they are told, and each costs 256 reads to find
 MAX_RESTORED_LINKS = 1 << 19  # files with further hard links that a restore remembers at a time: 130 MB
+MAX_READ_FILE = 1 << 40  # bytes of one file that are read to be hashed or compared: a quarter of an hour, even of zeros
+MAX_HISTORY_PATHS = 20_000  # of one pattern, whose versions are all held: a person reads no more
+MAX_RENAME_CHANGES = 1 << 17  # differences of two trees that are held to find renames among them: 150 MB
 
 MAX_JOURNAL_BLOCKS = 10_240_000  # mke2fs: blocks of an ext3/ext4 journal
 MAX_JOURNAL_RUNS = 1 << 15  # contiguous pieces of a journal: mke2fs makes a handful, and each costs 170 bytes here

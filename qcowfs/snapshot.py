@@ -81,6 +81,15 @@ def points(chain: Chain) -> tuple[Point, ...]:
     return tuple(found)
 
 
+def newness(point: Point) -> tuple[int, int, bool, int]:
+    """Return what sorts points by age, the newest last.
+
+    At the same date the one nearest to the active state is the newer: the upper layer; in one layer its active state
+    before its snapshots, and of those the one added to the table last.
+    """
+    return point.date_ns, -point.depth, point.entry is None, point.entry.ordinal if point.entry else 0
+
+
 def _active_point(layer: Layer, *, frozen: bool) -> Point:
     return Point(
         kind="layer" if layer.depth else "active",
@@ -102,15 +111,6 @@ def _snapshot_point(layer: Layer, entry: SnapshotEntry, *, frozen: bool) -> Poin
         date_ns=entry.date_sec * NANOSECONDS + entry.date_nsec,
         frozen=frozen,
     )
-
-
-def newness(point: Point) -> tuple[int, int, bool, int]:
-    """Return a key that grows with a point's date, for sorting.
-
-    At the same date the one nearest to the active state is the newer: the upper layer; in one layer its active state
-    before its snapshots, and of those the one added to the table last.
-    """
-    return point.date_ns, -point.depth, point.entry is None, point.entry.ordinal if point.entry else 0
 
 
 def by_age(found: Iterable[Point]) -> list[Point]:

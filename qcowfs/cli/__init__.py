@@ -25,7 +25,7 @@ from qcowfs.errors import QcowfsError, UsageError, printable
 
 __all__ = ["VERBS", "build_parser", "command", "main", "report"]
 
-VERBS = ("mount", "umount", "list", "ls", "cat", "diff", "restore", "export", "info", "map")
+VERBS = ("mount", "umount", "list", "ls", "cat", "diff", "history", "restore", "export", "info", "map")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing can meet, and all that is written is output
 
@@ -35,6 +35,7 @@ examples:
   qcowfs list image.qcow2                   which points in time the image holds
   qcowfs ls image.qcow2 NAME:p2/etc         look into one of them, without a mount
   qcowfs cat image.qcow2 NAME:p2/etc/fstab  and print a file
+  qcowfs diff image.qcow2 NAME current      which files have changed since then
   qcowfs restore image.qcow2 NAME:p2/etc .  and copy a tree out of it, as cp -a does
   qcowfs mount image.qcow2 /mnt             show them all: /mnt/NAME.raw, and the files inside in /mnt/NAME
   cp -a /mnt/NAME/p2/etc/fstab .            give one file back

@@ -9,6 +9,7 @@ import argparse
 import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 
 from qcowfs import limits
 from qcowfs._cache import Cache
+from qcowfs._core import Disk
 from qcowfs._mapped import Mapped
+from qcowfs._source import FileSource
 from qcowfs.chain import Chain
 from qcowfs.cli.options import open_chain
 from qcowfs.cli.points import find_place, named_points
@@ -29,7 +32,7 @@ from qcowfs.inside.walk import Place
 from qcowfs.snapshot import Point
 from qcowfs.vfs.beside import Beside, frozen_disk
 
-__all__ = ["PLACE_HELP", "Inside", "Spot", "open_inside", "told"]
+__all__ = ["PLACE_HELP", "Inside", "Spot", "open_images", "open_inside", "plain", "told"]
 
 PLACE_HELP = "a point of qcowfs list, and a path in its directory of a mount: p1/etc/fstab, VG-LV/var, p1.raw"
 SEARCHED_POINTS = 64  # that are looked through for a path that another has not
@@ -44,10 +47,24 @@ def open_inside(args: argparse.Namespace) -> Iterator[Inside]:
     Raises:
         QcowfsError: one of them cannot be opened.
     """
+    with open_images(args, [None]) as (inside,):
+        yield inside
+
+
+@contextmanager
+def open_images(
+    args: argparse.Namespace, images: Sequence[str | None], formats: Sequence[str | None] = (None, None)
+) -> Iterator[list[Inside]]:
+    """Open images, None for that of `args`, each with the others that --with names; `formats` are those of the images.
+
+    Raises:
+        QcowfsError: one of them cannot be opened.
+    """
     with Trees(recover=not args.norecovery) as trees, ExitStack() as stack:
-        chain = stack.enter_context(open_chain(args))
+        pairs = zip(images, formats, strict=False)
+        chains = [stack.enter_context(open_chain(args, image, other_format=known)) for image, known in pairs]
         others = [stack.enter_context(open_chain(args, other)) for other in args.others]
-        yield Inside(chain, others, trees)
+        yield [Inside(chain, others, trees) for chain in chains]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +93,14 @@ class Inside:
     Attributes:
         chain: of the image.
         trees: opens the trees in it.
+        chains: whose points the disks are that were looked into.
     """
 
     def __init__(self, chain: Chain, others: Sequence[Chain], trees: Trees) -> None:
         self.chain = chain
         self.trees = trees
+        self.chains: dict[Disk, Chain] = {}
+        self._others = others
         self._cache = Cache(limits.DEFAULT_CACHE_SIZE)
         self._beside = Beside(others, self._cache)
 
@@ -95,10 +115,8 @@ class Inside:
         """
         name, point, path = find_place(self.chain, text)
         raw = os.fsencode(path)
-        spot_path = b"/".join(part for part in raw.split(b"/") if part not in (b"", b"."))
         try:
-            place = self._resolved(name, point, self.look(name, point), raw, follow=follow)
-            return Spot(self.chain.image, name, spot_path, place)
+            return Spot(self.chain.image, name, plain(raw), self.root(name, point).resolve(raw, follow=follow))
         except TreeFault as fault:
             raise told(fault, self.chain.image, f"{name}:{path}" if path else name) from fault
 
@@ -111,14 +129,34 @@ class Inside:
             if other == name or time.monotonic() > deadline:
                 continue
             with suppress(QcowfsError):  # it has nothing to look into, or is being written
-                self._resolved(other, point, self._opened(other, point), os.fsencode(path), follow=False)
+                opened = self._opened(other, point)
+                point_root(other, point.date_ns, opened, self.trees).resolve(os.fsencode(path), follow=False)
                 found.append(other)
         return found
 
-    def _resolved(
-        self, name: str, point: Point, opened: tuple[Contents, Sequence[Mapped | None]], path: bytes, *, follow: bool
-    ) -> Place:
-        return point_root(name, point.date_ns, opened, self.trees).resolve(path, follow=follow)
+    def root(self, name: str, point: Point) -> Place:
+        """Return what NAME/ of a point is.
+
+        Raises:
+            QcowfsError: its disk cannot be read, or may change; TreeFault: nothing is found in it.
+        """
+        return point_root(name, point.date_ns, self.look(name, point), self.trees)
+
+    def named_points(self) -> list[tuple[str, Point]]:
+        """Return each point of the image with its name."""
+        return named_points(self.chain)
+
+    def file_of(self, disk: Disk, depth: int) -> object:
+        """Return which file the data of a layer of a disk is in: equal for the same file, whatever image leads to it.
+
+        Args:
+            disk: one of `chains`.
+        """
+        source = self.chains[disk].layers[depth].data
+        if not isinstance(source, FileSource):  # a window of a file has places of its own
+            return source
+        status = os.fstat(source.fileno())
+        return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
     def look(self, name: str, point: Point) -> tuple[Contents, Sequence[Mapped | None]]:
         """Return the volumes of a point and their bytes; what is wrong with its tables goes to the log.
@@ -132,7 +170,16 @@ class Inside:
         return contents, volumes
 
     def _opened(self, name: str, point: Point) -> tuple[Contents, Sequence[Mapped | None]]:
-        return open_disks([frozen_disk(self.chain, name, point, self._cache), *self._beside.disks(name)])
+        disk = frozen_disk(self.chain, name, point, self._cache)
+        beside = self._beside.disks(name)
+        for one, chain in zip((disk, *beside), (self.chain, *self._others), strict=True):
+            self.chains[one] = chain
+        return open_disks([disk, *beside])
+
+
+def plain(path: bytes) -> bytes:
+    """Return a path without needless slashes."""
+    return b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
 
 
 def told(fault: TreeFault, image: str, where: str) -> QcowfsError:

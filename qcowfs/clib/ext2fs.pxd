@@ -70,6 +70,7 @@ cdef extern from "ext2fs/ext2fs.h" nogil:
 
     errcode_t ext2fs_open2(const char *, const char *, int, int, unsigned int, io_manager, ext2_filsys *)
     void ext2fs_free(ext2_filsys)
+    errcode_t ext2fs_flush_icache(ext2_filsys)
     errcode_t ext2fs_read_inode2(ext2_filsys, ext2_ino_t, ext2_inode *, int, int)
     errcode_t ext2fs_inline_data_size(ext2_filsys, ext2_ino_t, size_t *)
     errcode_t ext2fs_inline_data_get(ext2_filsys, ext2_ino_t, ext2_inode *, void *, size_t *)

@@ -18,7 +18,7 @@ from qcowfs.inside.record import Inode
 from qcowfs.inside.trees import Trees, unreadable
 from qcowfs.inside.walk import Children, Place, Trouble
 
-__all__ = ["RawVolume", "Volumes", "point_root"]
+__all__ = ["SUFFIX", "RawVolume", "Volumes", "point_root"]
 
 SUFFIX = b".raw"
 NANOSECONDS = 1_000_000_000

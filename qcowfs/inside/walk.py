@@ -121,6 +121,11 @@ class Place:
         disk = self.disk()
         return chunks(self.read if disk is None else disk.pread, self.inode.size, self.name)
 
+    def stored(self) -> Mapped | None:
+        """Return this regular file where its bytes are stored; None if that is not known of all, and `chunks` tells."""
+        disk = self.disk()
+        return disk if isinstance(disk, Mapped) else None
+
     def fault(self, number: int) -> TreeFault:
         """Return the error of a system call on this."""
         return TreeFault(self.name, os.strerror(number), number)

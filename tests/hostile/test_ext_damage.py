@@ -195,6 +195,23 @@ def test_a_broken_node_of_an_extent_tree_is_an_error_of_its_file_alone(image: Im
     assert reader.stat(ino)
 
 
+def test_a_damaged_inode_is_not_taken_for_another(image: Image) -> None:
+    block, offset = re.findall(r"located at block (\d+), offset 0x([0-9a-f]+)", image.debugfs("imap /file"))[0]
+    whole = image.reader()
+    image.write(int(block) * BLOCK + int(offset, 16) + 4, b"\x07")  # its size
+    reader = image.reader()
+    file = reader.lookup(ROOT, b"file")
+    others = [ROOT, *(reader.lookup(ROOT, name) for name in (b"directory", b"fragments", b"lost+found"))]
+
+    for ask in (reader.stat, reader.xattrs):
+        for number in others:
+            assert whole.stat(number) == reader.stat(number)
+        with pytest.raises(OSError, match=f"inode {file}: Inode checksum does not match inode"):
+            ask(file)
+        for number in others:
+            assert whole.stat(number) == reader.stat(number)
+
+
 @pytest.mark.parametrize(
     ("extents", "text"),
     [

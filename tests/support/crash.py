@@ -16,7 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MAGIC", "NOLOGFLUSH", "FileDevice", "Kind", "Storm", "crash", "mounted"]
+__all__ = [
+    "LOGFLUSH",
+    "MAGIC",
+    "NOLOGFLUSH",
+    "FileDevice",
+    "Kind",
+    "Storm",
+    "crash",
+    "mounted",
+    "shut_down",
+    "slow_writeback",
+]
 
 EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32)
 LOGFLUSH, NOLOGFLUSH = 1, 2
@@ -74,6 +85,14 @@ class Storm:
         self._rng = rng
         self._files: list[Path] = []
         self._directories = [root]
+
+    def adopt(self) -> None:
+        """Change what is there already, too."""
+        for at, directories, files in os.walk(self._root):
+            self._directories += [Path(at, name) for name in directories if name != "lost+found"]
+            self._files += [Path(at, name) for name in files]
+        self._directories.sort()  # as a directory has them, they are in another order each time
+        self._files.sort()
 
     def run(self, steps: int) -> None:
         """Change everything that can be changed."""
@@ -211,16 +230,17 @@ def crash(directory: Path, kind: Kind, seed: int) -> Path:
     os.truncate(image, kind.size)
     subprocess.run(["mkfs.ext4", "-q", "-F", *kind.mkfs, str(image)], check=True, capture_output=True)
     copy = image.with_suffix(".crash")
-    with _slow_writeback(), mounted(image, kind.options) as point:
+    with slow_writeback(), mounted(image, kind.options) as point:
         rng = random.Random(seed)
         kind.change(Storm(point, rng), kind)
-        _shut_down(point, rng.choice(kind.stops))
+        shut_down(point, rng.choice(kind.stops))
         subprocess.run(["cp", "--sparse=always", str(image), str(copy)], check=True)
     image.unlink()
     return copy
 
 
-def _shut_down(point: Path, how: int) -> None:
+def shut_down(point: Path, how: int) -> None:
+    """Cut the power of a mounted file system: LOGFLUSH or NOLOGFLUSH."""
     descriptor = os.open(point, os.O_RDONLY)
     try:
         fcntl.ioctl(descriptor, EXT4_IOC_SHUTDOWN, struct.pack("I", how))
@@ -229,7 +249,7 @@ def _shut_down(point: Path, how: int) -> None:
 
 
 @contextlib.contextmanager
-def _slow_writeback() -> Iterator[None]:
+def slow_writeback() -> Iterator[None]:
     """Keep the kernel from writing blocks to their places by itself.
 
     One process at a time: two that overlap would each take the other's setting for what was there before, and leave it.

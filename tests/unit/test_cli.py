@@ -168,7 +168,7 @@ def test_a_misspelt_verb_is_recognized(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["list"], ["ls"], ["cat"], ["info"], ["map"]):
+    for words in ([], *([verb] for verb in ("list", "ls", "cat", "diff", "history", "info", "map"))):
         with pytest.raises(SystemExit) as ended:
             cli.main([*words, "--help"])
 

@@ -1,0 +1,219 @@
+"""`history` against the kernel's mounts of the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcowfs import cli, history, limits
+from tests.oracle.test_filediff import held, raw
+from tests.oracle.test_inside_commands import damaged, output
+from tests.support import need
+from tests.support.crash import mounted
+from tests.support.disks import run
+from tests.support.guests import Guest
+from tests.support.images import qemu
+from tests.support.mounts import call
+from tests.support.states import State, make_states, overlays
+
+__all__ = ["damaged"]
+
+STATES = 8
+MTIME = 0
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[State]]:
+    need("mke2fs", "qemu-img", "losetup")
+    directory = tmp_path_factory.mktemp("states")
+    image = directory / "image.qcow2"
+    return image, make_states(directory, image, STATES, steps=40, seed=int(os.environ.get("SEED", "2")))
+
+
+def document(image: Path, path: str) -> dict[bytes, list[dict[str, Any]]]:
+    done = call("history", "--json", image, path)
+    assert (0, "") == (done.returncode, done.stderr)
+    found = json.loads(done.stdout)
+    assert [] == found["errors"]
+    return {raw(file, "path"): file["versions"] for file in found["files"]}
+
+
+def contents(guest: Guest, path: bytes) -> Any:
+    """Return what makes a version of a path; None if it is not there."""
+    if path not in guest:
+        return None
+    facts = guest[path]
+    if not stat.S_ISDIR(facts[0]):
+        return held(facts)
+    inside = [name for name in guest if name.rpartition(b"/")[0] == path and name != path]
+    return sorted((name, stat.S_IFMT(guest[name][0]), guest[name][5], guest[name][7][MTIME]) for name in inside)
+
+
+def expected(states: list[State], path: bytes) -> list[tuple[int | None, list[str], bool]]:
+    """Return number, points, and whether it reappeared, of each version."""
+    found: list[tuple[int | None, list[str], bool]] = []
+    last: Any = None
+    count = 0
+    for state in states:
+        now = contents(state.guest, path)
+        if now is None and not found:
+            continue
+        if found and now == last:
+            found[-1][1].append(state.point)
+            continue
+        count += now is not None
+        found.append((None if now is None else count, [state.point], bool(found) and last is None))
+        last = now
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["*", "*/*", "*/*/*"])
+def test_the_versions_of_everything(states: tuple[Path, list[State]], pattern: str) -> None:
+    image, all_states = states
+    depth = pattern.count("/")
+    paths = {path for state in all_states for path in state.guest if path and path.count(b"/") == depth}
+
+    found = document(image, pattern)
+
+    told = {
+        path: [(version["number"], version["points"], version["reappeared"]) for version in versions]
+        for path, versions in found.items()
+    }
+    assert {path: expected(all_states, path) for path in paths} == told
+
+
+@pytest.mark.slow
+def test_the_hashes_are_those_of_the_bytes(states: tuple[Path, list[State]]) -> None:
+    image, _ = states
+    checked = 0
+    for path, versions in document(image, "*").items():
+        numbers: dict[str, int] = {}
+        for version in versions:
+            if version["deleted"] or version["type"] == "directory":
+                continue
+            assert version["same_as"] == numbers.get(version["sha256"])
+            numbers.setdefault(version["sha256"], version["number"])
+            if version["type"] == "file" and checked < 15:
+                data = output("cat", image, f"{version['point']}:{os.fsdecode(path)}")
+                assert (hashlib.sha256(data).hexdigest(), len(data)) == (version["sha256"], version["size"])
+                checked += 1
+    assert checked == 15
+
+
+@pytest.fixture(scope="module")
+def motd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image in which /etc/motd is written, touched, changed, lost, and written again as it was."""
+    need("mke2fs", "qemu-img")
+    directory = tmp_path_factory.mktemp("motd")
+    disk = directory / "disk"
+    disk.touch()
+    os.truncate(disk, 16 << 20)
+    run("mke2fs", "-q", "-F", "-t", "ext4", disk)
+    steps: list[Callable[[Path], object]] = [
+        lambda file: file.parent.mkdir(),
+        lambda file: file.write_bytes(b"hello\n" * 1000),
+        lambda file: os.utime(file, ns=(1, 1)),
+        lambda file: file.write_bytes(b"bye\n"),
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(b"hello\n" * 1000),
+    ]
+    raws = []
+    for number, step in enumerate(steps):
+        with mounted(disk) as at:
+            step(at / "etc" / "motd")
+        raws.append(shutil.copy(disk, directory / f"raw{number}"))
+    image = directory / "image.qcow2"
+    overlays(directory, image, raws)
+    return image
+
+
+def test_a_table_tells_the_story(motd: Path) -> None:
+    done = call("history", motd, "/etc//motd")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    digest = hashlib.sha256(b"hello\n" * 1000).hexdigest()
+
+    assert (0, "") == (done.returncode, done.stderr)
+    assert ["1", "layer1", "2", digest[:12]] == [rows[1][column] for column in (0, 1, 4, 9)]
+    assert [["1", "layer1"], ["2", "layer3"], ["-", "layer4"], ["3", "current"]] == [row[:2] for row in rows[1:]]
+    assert "deleted" == rows[3][-1]
+    assert done.stdout.splitlines()[4].endswith("reappeared, as version 1")
+
+
+def test_what_two_points_share_is_read_once(
+    motd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    real = history._bytes_digest
+
+    def counted(place: history.Place) -> str:
+        read.append(place.name)
+        return real(place)
+
+    monkeypatch.setattr(history, "_bytes_digest", counted)
+    assert cli.main(["history", str(motd), "etc/motd"]) == 0
+
+    capsys.readouterr()
+    assert ["layer1", "layer3"] == read[:2]
+    assert "layer2" not in read
+
+
+def test_a_name_is_meant_as_it_is_where_it_is_there(tmp_path: Path) -> None:
+    need("mke2fs")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("[a]", "a", ".hidden", "b"):
+        (tree / name).write_text(name)
+    image, disk = tmp_path / "image.qcow2", tmp_path / "disk"
+    run("mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "8M")
+    qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, image)
+
+    assert [b"[a]"] == [*document(image, "[a]")]
+    assert [b"a", b"b"] == [*document(image, "[ab]")]
+    assert [b".hidden"] == [*document(image, ".*")]
+    assert [b"[a]", b"a", b"b", b"lost+found"] == [*document(image, "*")]
+
+
+def test_what_no_point_has_is_an_error(motd: Path) -> None:
+    for path in ("etc/nothing", "etc/motd/below", "nowhere/*"):
+        done = call("history", motd, path)
+        assert (17, f"qcowfs: {motd}: {path}: no point has it\n") == (done.returncode, done.stderr)
+
+
+def test_too_many_paths_are_an_error(
+    motd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_HISTORY_PATHS", 1)
+
+    assert cli.main(["history", str(motd), "*"]) == 1
+    assert "qcowfs: more than 1 paths are like the pattern\n" == capsys.readouterr().err
+
+
+def test_damage_is_told_and_is_no_deletion(damaged: Path, tmp_path: Path) -> None:
+    """Where a point cannot tell, the others do."""
+    whole, broken = tmp_path / "whole.raw", tmp_path / "broken.raw"
+    qemu("qemu-img", "convert", "-O", "raw", damaged, broken)
+    run("sh", "-c", 'cp "$0" "$1" && { e2fsck -fy "$1" || true; }', broken, whole)
+    image = tmp_path / "image.qcow2"
+    overlays(tmp_path, image, [whole, broken, whole])
+
+    done = call("history", "--json", image, "dir/bad")
+    versions = json.loads(done.stdout)["files"][0]["versions"]
+    listed = call("history", "--json", image, "dir/*")
+
+    assert 1 == done.returncode
+    assert done.stderr.startswith("qcowfs: layer1:dir/bad: ")
+    assert [["layer0", "current"]] == [version["points"] for version in versions]
+    assert listed.stderr.startswith("qcowfs: layer1:dir/bad: ")
+    found = {file["path"]: file["versions"] for file in json.loads(listed.stdout)["files"]}
+    assert {"dir/bad": [["layer0", "current"]], "dir/good": [["layer0", "layer1", "current"]]} == {
+        path: [version["points"] for version in those] for path, those in found.items()
+    }
