@@ -91,7 +91,7 @@ def metadata(content: bytearray) -> list[tuple[int, int]]:
 def survives(content: bytearray) -> str:
     """Recover `content`, and read all of it; return what came of it."""
     device = Memory(content)
-    start = time.monotonic()
+    start = time.process_time()
     try:
         recovery = jbd2.recover(device)
         assert device.bytes_read < ENOUGH_READS
@@ -103,7 +103,7 @@ def survives(content: bytearray) -> str:
     except OSError:
         return "unreadable"
     finally:
-        assert time.monotonic() - start < 5
+        assert time.process_time() - start < 5
     return "recovered"
 
 

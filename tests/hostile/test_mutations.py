@@ -58,7 +58,7 @@ def use(path: Path) -> int:
     """Do all that the verbs do; return how many points could be looked at."""
     with open_chain(str(path), Policy()) as chain:
         sizes = Sizes(chain, limits.MAX_LISTED_TABLES)
-        list_verb.document(chain, sizes)
+        list_verb.document(chain)
         info.document(chain, sizes)
         found = points(chain)[:10]
         for point in found:

@@ -166,9 +166,9 @@ def check_volume(volume: Volume, disks: list[BytesDisk]) -> None:
 
 
 def timed_look(disks: list[BytesDisk]) -> Contents:
-    start = time.monotonic()
+    start = time.process_time()
     contents = look(disks)
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     return contents
 
 
