@@ -22,7 +22,7 @@ from qcowfs.export.kinds import SAME, ZEROS
 __all__ = ["Copy", "Unreadable", "Writer", "merged", "stream"]
 
 PIECE = 1 << 20  # bytes that one thread handles at once
-WORKERS = max(2, min(8, os.cpu_count() or 1))  # 8 with two buffers each: 16 MiB
+WORKERS = max(2, min(32, len(os.sched_getaffinity(0))))  # 32 with two buffers each: 64 MiB
 BLOCK = 4096  # bytes that are given up at once where something cannot be read
 INTERVAL = 0.1  # seconds between two reports
 UNKNOWN_OLD = bytes.maketrans(bytes([SAME]), bytes([ZEROS]))
