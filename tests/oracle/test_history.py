@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from qcowfs import cli, history, limits
+from qcowfs.cli.inside import open_inside
+from qcowfs.errors import UnsupportedImage
 from tests.oracle.test_filediff import held, raw
 from tests.oracle.test_inside_commands import damaged, output
+from tests.oracle.test_lock import typing
 from tests.support import need
 from tests.support.crash import mounted
 from tests.support.disks import run
@@ -146,6 +149,35 @@ def test_a_table_tells_the_story(motd: Path) -> None:
     assert [["1", "layer1"], ["2", "layer3"], ["-", "layer4"], ["3", "current"]] == [row[:2] for row in rows[1:]]
     assert "deleted" == rows[3][-1]
     assert done.stdout.splitlines()[4].endswith("reappeared, as version 1")
+
+
+def test_one_path_is_asked_for_without_wildcards(motd: Path) -> None:
+    words = cli.build_parser(["history"]).parse_args(["history", str(motd), ""])
+    with open_inside(words) as inside:
+        found = history.versions(inside, b"etc/motd", pytest.fail)
+        assert {b"etc/motd": found} == history.histories(inside, b"etc/mot?", pytest.fail)
+        assert [] == history.versions(inside, b"etc/mot?", pytest.fail)
+
+    assert [(1, ("layer1", "layer2")), (2, ("layer3",)), (None, ("layer4",)), (3, ("current",))] == [
+        (version.number, version.points) for version in found
+    ]
+
+
+def test_what_is_being_written_is_left_out(motd: Path, tmp_path: Path) -> None:
+    need("qemu-io", "stdbuf")
+    image = motd.with_name("top.qcow2")
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", motd, "-F", "qcow2", image)
+    with typing(image, tmp_path):
+        done = call("history", image, "etc/motd")
+        refused = call("diff", image, motd.stem, "current")
+
+    why = "cannot look into current: another process has it open for writing"
+    for said in (done, refused):
+        assert UnsupportedImage.exit_code == said.returncode
+        assert said.stderr.splitlines()[0].endswith(why)
+    assert [["1", "layer1"], ["2", "layer3"], ["-", "layer4"], ["3", "image"]] == [
+        line.split()[:2] for line in done.stdout.splitlines()[1:]
+    ]
 
 
 def test_what_two_points_share_is_read_once(
