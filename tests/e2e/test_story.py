@@ -146,6 +146,20 @@ def test_qemu_reads_the_same_bytes(
     assert filecmp.cmp(converted, points / f"{point}.raw", shallow=False)
 
 
+def test_the_exported_chain_is_the_points(image: Path, points: Path, tmp_path: Path) -> None:
+    """A backing file, a snapshot made by QMP and the state after it become files of their own, which QEMU reads."""
+    words = ["export", "-c", "--all", str(tmp_path / "chain"), str(image)]
+    subprocess.run([sys.executable, "-m", "qcowfs", *words], check=True, capture_output=True, timeout=120)
+
+    names = [path.stem for path in (tmp_path / "chain").iterdir()]
+    assert {point["name"] for point in listed(image)} == set(names)
+    for name in names:
+        converted = tmp_path / f"{name}.raw"
+        qemu("qemu-img", "check", "-q", tmp_path / "chain" / f"{name}.qcow2")
+        qemu("qemu-img", "convert", "-O", "raw", tmp_path / "chain" / f"{name}.qcow2", converted)
+        assert filecmp.cmp(converted, points / f"{name}.raw", shallow=False), name
+
+
 def test_the_demo_tells_the_story_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transcript ends with exit code 0; the mounts and the files are gone."""
     tmp_path.chmod(0o711)
