@@ -347,6 +347,19 @@ def test_a_point_where_an_image_belongs_is_met_with_a_hint(image: Path, capsys: 
     assert "hint: for two points of one image, give IMAGE, OLD and NEW" == capsys.readouterr().err.splitlines()[1]
 
 
-def test_without_blocks_nothing_is_compared(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert UsageError.exit_code == cli.main(["diff", str(image), "a", "b"])
-    assert "--blocks" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--granularity", "1", "I", "a", "b"],
+        ["--blocks", "--checksum", "I", "a", "b"],
+        ["--blocks", "--stat", "I", "a", "b"],
+        ["--blocks", "--norecovery", "I", "a", "b"],
+        ["--blocks", "I", "a", "b", "p1/etc"],
+        ["--new-format", "raw", "I", "a", "b"],
+    ],
+)
+def test_what_goes_with_files_only_or_with_blocks_only_is_told(
+    image: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert UsageError.exit_code == cli.main(["diff", *(str(image) if word == "I" else word for word in words)])
+    assert "--" in capsys.readouterr().err
