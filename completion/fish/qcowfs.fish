@@ -51,7 +51,7 @@ function _shtab_qcowfs_using
 end
 
 set -g _shtab_qcowfs_commands mount umount list ls cat diff history restore export info map
-set -g _shtab_qcowfs_opts_with_value --all --allow-backing --backing --backing-format --cache-size --compression --granularity --image-format --log-file --new-format --since --with -O -o
+set -g _shtab_qcowfs_opts_with_value --all --allow-backing --backing --backing-format --cache-size --compression --granularity --image-format --log-file --new-format --since --version --with -O -o
 
 complete -c qcowfs -e
 complete -c qcowfs -f
@@ -141,6 +141,7 @@ complete -c qcowfs -n '_shtab_qcowfs_using restore' -l force -d 'replace files t
 complete -c qcowfs -n '_shtab_qcowfs_using restore' -l backup -d 'rename what is there to NAME.~1~, NAME.~2~ and so on'
 complete -c qcowfs -n '_shtab_qcowfs_using restore' -l verify -d 'read back what was written, and compare it'
 complete -c qcowfs -n '_shtab_qcowfs_using restore' -l keep-damaged -d 'restore files that can be read in part, with zeros for the rest'
+complete -c qcowfs -n '_shtab_qcowfs_using restore' -l version -x -d 'take PATHs without a POINT, and of each the N-th version that qcowfs history prints'
 complete -c qcowfs -n '_shtab_qcowfs_using restore' -l json -d 'print one JSON document, for programs'
 complete -c qcowfs -n '_shtab_qcowfs_using restore' -l norecovery -d 'show file systems as they are, without replaying their journals'
 complete -c qcowfs -n '_shtab_qcowfs_using restore' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'

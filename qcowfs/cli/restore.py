@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import qcowfs.cli
 from qcowfs import limits
 from qcowfs.cli import output
-from qcowfs.cli.inside import Inside, Spot, open_inside, told
+from qcowfs.cli.inside import Inside, Spot, open_inside, plain, told
 from qcowfs.cli.ls import MAX_JSON_ERRORS, TYPES
 from qcowfs.cli.options import add_image_options, add_inside_options, add_json_option
 from qcowfs.errors import PointNotFound, QcowfsError, TreeFault, UsageError, printable
+from qcowfs.history import versions
 from qcowfs.inside.walk import Place
 from qcowfs.restore.destination import Destination
 from qcowfs.restore.directory import Existing
@@ -45,11 +46,13 @@ examples:
   qcowfs restore image.qcow2 monday:p2/home/eve/ /home/eve --backup   what is there is kept as NAME.~1~
   qcowfs restore image.qcow2 monday:p2/etc monday:p2/var/lib /tmp/x/  several, into a directory
   qcowfs restore image.qcow2 monday:VG-LV/ /mnt/new --verify          a whole file system, read back and compared
+  qcowfs restore image.qcow2 --version 2 p2/etc/fstab .               the second version of qcowfs history
   qcowfs restore image.qcow2 monday:p2/etc/fstab - | diff /etc/fstab -
 
 See qcowfs-restore(1).
 """
 DESCRIPTORS = 256  # for all but the directories: images, workers
+VERSIONS_HINT = "qcowfs history shows the versions of a path"
 SHOWN_POINTS = 5  # in a hint
 CLEAR = "\r\x1b[K"
 STDOUT = "-"
@@ -69,8 +72,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-damaged", action="store_true", help="restore files that can be read in part, with zeros for the rest"
     )
+    parser.add_argument(
+        "--version",
+        metavar="N",
+        type=_number,
+        help="take PATHs without a POINT, and of each the N-th version that qcowfs history prints",
+    )
     add_json_option(parser)
     add_inside_options(parser)
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:10]) < 10**9:
+        raise argparse.ArgumentTypeError(f"'{printable(text)}' is no number of a version")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,13 +95,29 @@ def run(args: argparse.Namespace) -> int:
     if args.dest == STDOUT and len(args.places) > 1:
         raise UsageError("standard output can have one file", hint="./- is a file of that name")
     with open_inside(args) as inside:
+        places = args.places if args.version is None else [_of_version(inside, args.version, at) for at in args.places]
         if args.dest == STDOUT:
-            return _print(inside.find(args.places[0], follow=True))
-        sources = [_source(inside, text) for text in args.places]
+            return _print(inside.find(places[0], follow=True))
+        sources = [_source(inside, text) for text in places]
         with _signals() as signals:
             code = _restore(args, sources, signals)
     signals.end()
     return code
+
+
+def _of_version(inside: Inside, number: int, path: str) -> str:
+    """Return POINT:PATH of the first point that has this version of a path."""
+
+    def tell(point: str, at: bytes, error: QcowfsError) -> None:
+        logger.warning("%s: %s", printable(f"{point}:{os.fsdecode(at)}"), error)
+
+    found = [one for one in versions(inside, plain(os.fsencode(path)), tell) if one.number is not None]
+    chosen = next((one for one in found if one.number == number), None)
+    if chosen is None:
+        known = len({one.number for one in found})
+        why = f"there {'is' if known == 1 else 'are'} {known}" if known else "it is in no point"
+        raise PointNotFound(inside.chain.image, f"no version {number} of {printable(path)}", why, hint=VERSIONS_HINT)
+    return f"{chosen.points[0]}:{path}"
 
 
 class _Stopped(BaseException):

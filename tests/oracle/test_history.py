@@ -22,7 +22,7 @@ from tests.oracle.test_lock import typing
 from tests.support import need
 from tests.support.crash import mounted
 from tests.support.disks import run
-from tests.support.guests import Guest
+from tests.support.guests import Guest, bare_image
 from tests.support.images import qemu
 from tests.support.mounts import call
 from tests.support.states import State, make_states, overlays
@@ -249,3 +249,22 @@ def test_damage_is_told_and_is_no_deletion(damaged: Path, tmp_path: Path) -> Non
     assert {"dir/bad": [["layer0", "current"]], "dir/good": [["layer0", "layer1", "current"]]} == {
         path: [version["points"] for version in those] for path, those in found.items()
     }
+
+
+def test_a_version_is_restored_by_its_number(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("v")  # a socket in it must not have a long path
+    image = tmp_path / "image.qcow2"
+    bare_image(tmp_path, image)
+    for number, content in ((1, b"UUID=1 / ext4 defaults 0 1\n"), (2, b"# changed\n")):
+        copy = tmp_path / f"fstab.{number}"
+        assert cli.main(["restore", str(image), "--version", str(number), "etc/fstab", str(copy)]) == 0
+        assert copy.read_bytes() == content
+
+    for number, path in (("3", "etc/fstab"), ("1", "etc/nothing")):
+        assert cli.main(["restore", str(image), "--version", number, path, str(tmp_path / "none")]) == 17
+        assert f"no version {number} of {path}" in capsys.readouterr().err
+    for number in ("0", "-1", "x", "1.5"):
+        assert cli.main(["restore", str(image), f"--version={number}", "etc/fstab", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
