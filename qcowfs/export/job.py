@@ -18,7 +18,7 @@ from qcowfs.export.compression import COMPRESSIONS
 from qcowfs.export.copying import Copy, Report, Unreadable, Writer, merged
 from qcowfs.export.qcow2file import Backing, Qcow2Writer
 from qcowfs.export.rawfile import RawWriter
-from qcowfs.export.target import Target, require_free
+from qcowfs.export.target import Target, private_mode, require_free
 from qcowfs.qcow2 import header as qcow2
 from qcowfs.qcow2.snapshots import read_snapshots
 from qcowfs.snapshot import Point, open_disk
@@ -119,7 +119,7 @@ def export(
     cache = Cache(limits.DEFAULT_CACHE_SIZE)
     disk = open_disk(chain, point, cache)
     before = None if old is None else open_disk(chain, old, cache)
-    with Target(path, force=force) as target:
+    with Target(path, force=force, mode=private_mode(chain)) as target:
         writer = _writer(target.descriptor, disk.virtual_size, form, backing)
         copy = Copy(disk, before, writer, keep_going=keep_going)
         try:

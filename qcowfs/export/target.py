@@ -16,8 +16,9 @@ from types import TracebackType
 from qcowfs.chain import Chain
 from qcowfs.errors import QcowfsError, SourceError, UsageError, printable
 
-__all__ = ["Target", "require_free"]
+__all__ = ["Target", "private_mode", "require_free"]
 
+OWNER = stat.S_IRUSR | stat.S_IWUSR
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
 
@@ -51,6 +52,7 @@ class Target:
     Args:
         path: the name; a symbolic link of that name is replaced, not followed.
         force: something else of that name may be replaced.
+        mode: who may read and write it, before the umask.
 
     Attributes:
         descriptor: for writing.
@@ -59,7 +61,7 @@ class Target:
         SourceError: it cannot be made.
     """
 
-    def __init__(self, path: str, *, force: bool) -> None:
+    def __init__(self, path: str, *, force: bool, mode: int) -> None:
         self.path = path
         self._force = force
         directory, self._name = os.path.split(path)
@@ -69,7 +71,7 @@ class Target:
             self._directory = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                self.descriptor = os.open(self._temporary, flags, 0o666, dir_fd=self._directory)
+                self.descriptor = os.open(self._temporary, flags, mode, dir_fd=self._directory)
             except BaseException:
                 os.close(self._directory)
                 raise
@@ -121,6 +123,18 @@ class Target:
             if error.errno not in NO_LINKS or os.path.lexists(self.path):
                 raise
             self._rename()
+
+
+def private_mode(chain: Chain) -> int:
+    """Return the permissions of a copy: nobody but its owner may do what he may not do with every file of `chain`.
+
+    What is in a disk is as secret as the image, which is often readable by few.
+    """
+    mode = 0o666
+    for layer in chain.layers:
+        with suppress(OSError):
+            mode &= os.stat(layer.path).st_mode
+    return mode | OWNER
 
 
 def _files_of(chain: Chain) -> Collection[tuple[int, int]]:

@@ -487,3 +487,21 @@ def test_a_name_that_cannot_be_given_leaves_nothing(image: Path, out: Path) -> N
         job.export(chain, find_point(chain, "one"), str(out), job.Form(format="raw"), force=True, watch=make)
 
     assert ["disk"] == os.listdir(out.parent)
+
+
+@pytest.mark.parametrize(
+    ("top", "base", "expected"), [(0o644, 0o644, 0o644), (0o600, 0o644, 0o600), (0o644, 0o640, 0o640), (0o444,) * 3]
+)
+def test_a_copy_is_as_private_as_the_image(image: Path, out: Path, top: int, base: int, expected: int) -> None:
+    overlay = image.with_name("top.qcow2")
+    extensions = [(forge.BACKING_FORMAT, b"qcow2")]
+    overlay.write_bytes(forge.qcow2(backing_name=b"image.qcow2", extensions=extensions))
+    overlay.chmod(top)
+    image.chmod(base)
+    before = os.umask(0o002)
+    try:
+        assert 0 == run(overlay, "current", out)
+    finally:
+        os.umask(before)
+
+    assert expected | 0o600 == out.stat().st_mode & 0o777
