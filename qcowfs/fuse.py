@@ -26,6 +26,7 @@ from qcowfs.errors import QcowfsError
 from qcowfs.vfs.guest import Guest, GuestFile, GuestListing, GuestRoot
 from qcowfs.vfs.node import Attributes, Directory, DiskFile, Node, RawFile, Symlink
 from qcowfs.vfs.tree import Tree
+from qcowfs.vfs.xattrs import CHANGED
 
 __all__ = ["Operations"]
 
@@ -136,7 +137,12 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         if guest := await self._guest(inode):
             return await self._ask(guest, guest.xattr, inode, name)
-        value = self._tree.xattrs(self._node(inode)).get(name)
+        node = self._node(inode)
+        if name == CHANGED and isinstance(node, DiskFile):
+            changed = await trio.to_thread.run_sync(node.changed, limiter=self._counting)
+            value = None if changed is None else b"%d" % changed
+        else:
+            value = self._tree.xattrs(node).get(name)
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value
@@ -145,7 +151,9 @@ class Operations(pyfuse3.Operations):
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         if guest := await self._guest(inode):
             return await self._ask(guest, functools.partial(guest.xattrs, privileged=ctx.uid == 0), inode)
-        return list(self._tree.xattrs(self._node(inode)))
+        node = self._node(inode)
+        counted = (CHANGED,) if isinstance(node, DiskFile) and node.has_predecessor else ()
+        return [*self._tree.xattrs(node), *counted]
 
     @translated
     async def statfs(self, ctx: RequestContext) -> StatvfsData:

@@ -238,9 +238,11 @@ class DiskFile(RawFile):
 
     Args:
         count_allocated: returns the bytes that it allocates; may walk tables, is called at most once.
+        count_changed: returns the bytes that may have changed since the point before it, None if that takes too long;
+            may walk tables, is called at most once. None: there is no point before it.
     """
 
-    __slots__ = ("_blocks", "_count_allocated")
+    __slots__ = ("_blocks", "_changed", "_count_allocated", "_count_changed")
 
     def __init__(
         self,
@@ -250,10 +252,27 @@ class DiskFile(RawFile):
         *,
         virtual_size: int,
         count_allocated: Callable[[], int],
+        count_changed: Callable[[], int | None] | None = None,
     ) -> None:
         super().__init__(place, make_disk, faults, virtual_size=virtual_size)
         self._count_allocated = count_allocated
         self._blocks: int | None = None  # None until counted
+        self._count_changed = count_changed
+        self._changed: int | None = None
+
+    @property
+    def has_predecessor(self) -> bool:
+        """True if there is a point before it, since which something may have changed."""
+        return self._count_changed is not None
+
+    def changed(self) -> int | None:
+        """Return the bytes that may have changed since the point before it; None if nobody can tell in time.
+
+        May read megabytes of tables: call it off the mount's thread, one call at a time.
+        """
+        if self._changed is None and self._count_changed is not None:
+            self._changed = self._count_changed()
+        return self._changed
 
     @property
     def counted(self) -> bool:

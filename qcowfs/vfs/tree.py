@@ -6,6 +6,7 @@ the nodes do. The mount's thread only.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -21,7 +22,7 @@ from qcowfs._mapped import Mapped
 from qcowfs._source import FileSource
 from qcowfs.errors import TreeFault
 from qcowfs.sizes import Sizes
-from qcowfs.snapshot import LiveDisk, newness, open_disk
+from qcowfs.snapshot import LiveDisk, by_age, newness, open_disk
 from qcowfs.vfs import names, xattrs
 from qcowfs.vfs.beside import Beside
 from qcowfs.vfs.faults import FaultLog
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["ChainDisks", "Disks", "Tree", "latest"]
 
 DEFAULT_PRESENTATION = Presentation()
+CHANGED_CACHE = 4 << 20  # bytes of tables that a count of changes keeps, apart from those that are read
+CHANGED_SECONDS = 2.0  # that it takes at most
 LOOK_SECONDS = 10.0  # that a listing spends on finding out which points have a directory
 
 logger = logging.getLogger("qcowfs.mount")
@@ -50,6 +53,7 @@ class Disks(Protocol):
     def frozen(self, point: Point, identity: int) -> Disk: ...
     def live(self, point: Point) -> Disk: ...
     def allocated(self, point: Point) -> int: ...
+    def changed(self, point: Point, before: Point) -> int | None: ...
     def file_status(self, point: Point) -> os.stat_result: ...
     def inside(self, point: Point, name: str) -> tuple[Contents, Sequence[Mapped | None]]: ...
 
@@ -79,6 +83,19 @@ class ChainDisks:
     def allocated(self, point: Point) -> int:
         """Return the bytes that `point` allocates; walks its tables."""
         return self._sizes.allocated(point)
+
+    def changed(self, point: Point, before: Point) -> int | None:
+        """Return the bytes of `point` that may have changed since `before`, None if to find out takes too long."""
+        from qcowfs.blockdiff import may_differ
+
+        cache = Cache(CHANGED_CACHE)
+        deadline = time.monotonic() + CHANGED_SECONDS
+        total = 0
+        for _, length in may_differ(*(open_disk(self._chain, one, cache) for one in (before, point))):
+            total += length
+            if time.monotonic() > deadline:
+                return None
+        return total
 
     def inside(self, point: Point, name: str) -> tuple[Contents, Sequence[Mapped | None]]:
         """Return the volumes of a point that cannot change, and their bytes; `name` is the point's."""
@@ -134,6 +151,8 @@ class Tree:
         shown = [(name, point) for name, point in named if point.frozen or live]
         self.shown: tuple[Point, ...] = tuple(point for _, point in shown)
         self.left_out = tuple(name for name, point in named if not (point.frozen or live))
+        aged = by_age(point for _, point in shown if point.frozen)
+        self._before = {id(point): before for before, point in itertools.pairwise(aged)}
         self.root = self._make_root()
         self._add_files(shown)
 
@@ -234,9 +253,15 @@ class Tree:
             look = partial(disks.file_status, point)
             make_disk = partial(disks.live, point)
             return LiveFile(place, make_disk, self._faults, virtual_size=point.virtual_size, look=look)
-        count = partial(disks.allocated, point)
-        make_disk = partial(disks.frozen, point, len(self._nodes))
-        return DiskFile(place, make_disk, self._faults, virtual_size=point.virtual_size, count_allocated=count)
+        before = self._before.get(id(point))
+        return DiskFile(
+            place,
+            partial(disks.frozen, point, len(self._nodes)),
+            self._faults,
+            virtual_size=point.virtual_size,
+            count_allocated=partial(disks.allocated, point),
+            count_changed=None if before is None else partial(disks.changed, point, before),
+        )
 
     def _place(self, name: bytes, date_ns: int, attributes: dict[bytes, bytes] | None = None) -> Place:
         ino = self._inodes.number(b"/" + name)

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from qcowfs.inside.filesystems import Filesystem
     from qcowfs.snapshot import Point
 
-__all__ = ["PREFIX", "of_point", "of_root", "of_tree"]
+__all__ = ["CHANGED", "PREFIX", "of_point", "of_root", "of_tree"]
 
 PREFIX = b"user.qcowfs."
+CHANGED = PREFIX + b"changed"  # bytes; counted when somebody asks for it
 NANOSECONDS = 1_000_000_000
 
 

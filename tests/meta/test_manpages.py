@@ -125,7 +125,9 @@ def test_the_layout_has_the_attributes_and_no_others() -> None:
     source = Path(xattrs.__file__).read_text()
     keys = set(re.findall(r'"(\w+)": ', source))
 
-    assert {f"user.qcowfs.{key}" for key in keys} == set(ATTRIBUTE.findall(text("qcowfs-layout.7")))
+    assert {xattrs.CHANGED.decode(), *(f"user.qcowfs.{key}" for key in keys)} == set(
+        ATTRIBUTE.findall(text("qcowfs-layout.7"))
+    )
 
 
 @pytest.mark.parametrize("page", [page.name for page in PAGES])

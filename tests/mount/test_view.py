@@ -91,7 +91,22 @@ def test_extended_attributes_say_what_a_file_is(view: View, expected: Expected) 
 
     assert found.pop("virtual_size") == b"%d" % expected.size
     assert found.pop("date").endswith(b"%09dZ" % (expected.date_ns % 1_000_000_000))
+    assert found.pop("changed", b"0").isdigit()
     assert expected.xattrs == found
+
+
+def test_a_point_says_how_much_changed_since_the_one_before_it(view: View, story: Story) -> None:
+    contents = {expected.name: expected.content for expected in story.expected}
+    for before, name in (("one#3.raw", "one#4.raw"), ("2.raw", "%FF%FE.raw"), ("%FF%FE.raw", "latest#7.raw")):
+        differing = units_that_differ(contents[before].read_bytes(), contents[name].read_bytes())
+        # What a compressed cluster replaces cannot be known without reading it.
+        assert differing <= int(view.xattr(name, "user.qcowfs.changed")) <= differing + 256 * 1024
+    assert "changed" not in view.xattrs("data.raw")
+
+
+def units_that_differ(one: bytes, other: bytes) -> int:
+    """Return the bytes of all units of 4 KiB that are not the same."""
+    return sum(4096 for place in range(0, len(one), 4096) if one[place : place + 4096] != other[place : place + 4096])
 
 
 def test_an_extended_attribute_that_is_not_there_is_enodata(view: View) -> None:

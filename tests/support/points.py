@@ -80,6 +80,7 @@ class FakeDisks:
         made: how many disks were made.
         counted: how often somebody asked what a point allocates.
         looked: how often somebody asked what is inside a point.
+        compared: points whose changes were asked for, with those before them.
     """
 
     broken: dict[bytes, int] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class FakeDisks:
     made: int = 0
     counted: int = 0
     looked: int = 0
+    compared: list[tuple[Point, Point]] = field(default_factory=list)
 
     def frozen(self, point: Point, identity: int) -> FakeDisk:
         self.made += 1
@@ -103,6 +105,10 @@ class FakeDisks:
     def allocated(self, point: Point) -> int:
         self.counted += 1
         return point.virtual_size // 2
+
+    def changed(self, point: Point, before: Point) -> int | None:
+        self.compared.append((point, before))
+        return 512
 
     def inside(self, point: Point, name: str) -> tuple[Contents, list[Mapped | None]]:
         self.looked += 1

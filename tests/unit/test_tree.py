@@ -369,3 +369,16 @@ def test_a_disk_that_could_not_be_read_is_looked_into_again(monkeypatch: pytest.
         assert tree.resolved(tree.root) == (looked == 3 and disks.looked == 3)
         tree.resolve(tree.root)
         assert (disks.looked, folder.known) == (looked, known)
+
+
+def test_what_changed_is_counted_against_the_next_older_point_and_once() -> None:
+    disks = FakeDisks()
+    old, new, now = snapshot(b"old", b"1", date=1), snapshot(b"new", b"2", ordinal=1, date=5), active(date=3)
+    tree = grown([now, new, old], disks)
+
+    found = {name: tree.lookup(tree.root, name) for name in (b"old.raw", b"new.raw", b"current.raw")}
+
+    assert [isinstance(node, DiskFile) and node.has_predecessor for node in found.values()] == [False, True, True]
+    assert [node.changed() for node in found.values() if isinstance(node, DiskFile)] == [None, 512, 512]
+    assert [node.changed() for node in found.values() if isinstance(node, DiskFile)] == [None, 512, 512]
+    assert disks.compared == [(new, old), (now, new)]
