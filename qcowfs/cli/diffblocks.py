@@ -115,11 +115,7 @@ def _sides(args: argparse.Namespace, stack: ExitStack) -> tuple[_Side, _Side]:
         return _side(chain, args.old, cache), _side(chain, args.new, cache)
     (image, old), (other, new) = split_image(args.image), split_image(args.old)
     first = stack.enter_context(open_chain(args, image, other_format=args.image_format))
-    try:
-        second = stack.enter_context(open_chain(args, other, other_format=args.new_format or args.image_format))
-    except SourceError as error:
-        error.hint = error.hint or "for two points of one image, give IMAGE, OLD and NEW"
-        raise
+    second = stack.enter_context(open_chain(args, other, other_format=args.new_format or args.image_format))
     return _side(first, old, cache), _side(second, new, cache)
 
 

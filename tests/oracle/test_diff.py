@@ -342,8 +342,11 @@ def test_what_is_wrong_is_one_line_and_its_exit_code(
     assert said in told.err.splitlines()[0]
 
 
-def test_a_point_where_an_image_belongs_is_met_with_a_hint(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert SourceError.exit_code == cli.main(["diff", "--blocks", str(image), "a"])
+@pytest.mark.parametrize("options", [[], ["--blocks"]])
+def test_a_point_where_an_image_belongs_is_met_with_a_hint(
+    image: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert SourceError.exit_code == cli.main(["diff", *options, str(image), "a"])
     assert "hint: for two points of one image, give IMAGE, OLD and NEW" == capsys.readouterr().err.splitlines()[1]
 
 
