@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from qcowfs import limits
+from qcowfs import gate, limits
 from qcowfs._cache import Cache
 from qcowfs.chain import Chain
 from qcowfs.cli import output
@@ -139,7 +139,8 @@ def _form(args: argparse.Namespace) -> Form:
 def _backing(args: argparse.Namespace, old: Point | None) -> Backing | None:
     if old is None:
         return None
-    return verified(args.backing, args.backing_format or "qcow2", args.out, old.virtual_size)
+    policy = gate.load_policy(args.allow_backing)
+    return verified(args.backing, args.backing_format or "qcow2", args.out, old.virtual_size, policy)
 
 
 def _export(
