@@ -114,6 +114,17 @@ class Inside:
             QcowfsError: there is no such thing, or it cannot be read.
         """
         name, point, path = find_place(self.chain, text)
+        return self._at(name, point, path, follow=follow)
+
+    def find_in(self, name: str, path: str, *, follow: bool) -> Spot:
+        """Return what a path means in the point that has this name; colons in the two mean nothing.
+
+        Raises:
+            QcowfsError: there is no such thing, or it cannot be read.
+        """
+        return self._at(name, dict(self.named_points())[name], path, follow=follow)
+
+    def _at(self, name: str, point: Point, path: str, *, follow: bool) -> Spot:
         raw = os.fsencode(path)
         try:
             return Spot(self.chain.image, name, plain(raw), self.root(name, point).resolve(raw, follow=follow))

@@ -22,7 +22,7 @@ from tests.oracle.test_lock import typing
 from tests.support import need
 from tests.support.crash import mounted
 from tests.support.disks import run
-from tests.support.guests import Guest, bare_image
+from tests.support.guests import Guest, bare_image, make_tree
 from tests.support.images import qemu
 from tests.support.mounts import call
 from tests.support.states import State, make_states, overlays
@@ -268,3 +268,23 @@ def test_a_version_is_restored_by_its_number(
     for number in ("0", "-1", "x", "1.5"):
         assert cli.main(["restore", str(image), f"--version={number}", "etc/fstab", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_a_version_is_of_the_path_that_was_given(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    """POINT:PATH of one point may read like that of another: both may have colons."""
+    need("mke2fs", "qemu-img")
+    disk, image = tmp_path / "disk", tmp_path / "image.qcow2"
+
+    def fill(root: Path) -> None:
+        for name in ("x:y", "y"):
+            (root / name).write_text(name)
+
+    make_tree(disk, 16 << 20, fill)
+    qemu("qemu-img", "convert", "-O", "qcow2", disk, image)
+    for point in ("a", "a:x"):
+        qemu("qemu-img", "snapshot", "-c", point, image)
+
+    assert 0 == cli.main(["restore", "--version", "1", str(image), "x:y", "-"])
+    assert b"x:y" == capsysbinary.readouterr().out
+    assert 0 == cli.main(["restore", "--version", "1", str(image), "x:y", str(tmp_path / "out")])
+    assert "x:y" == (tmp_path / "out").read_text()
