@@ -15,7 +15,7 @@ import pytest
 
 from qcowfs import cli, history, limits
 from qcowfs.cli.inside import open_inside
-from qcowfs.errors import UnsupportedImage
+from qcowfs.errors import QcowfsError, UnsupportedImage
 from tests.oracle.test_filediff import held, raw
 from tests.oracle.test_inside_commands import damaged, output
 from tests.oracle.test_lock import typing
@@ -288,3 +288,21 @@ def test_a_version_is_of_the_path_that_was_given(tmp_path: Path, capsysbinary: p
     assert b"x:y" == capsysbinary.readouterr().out
     assert 0 == cli.main(["restore", "--version", "1", str(image), "x:y", str(tmp_path / "out")])
     assert "x:y" == (tmp_path / "out").read_text()
+
+
+def test_a_snapshot_that_is_deleted_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """What its clusters hold may be anything by then. What reads files of points checks it at the end."""
+    need("mke2fs", "qemu-img", "qemu-io", "stdbuf")
+    disk, image = tmp_path / "disk", tmp_path / "image.qcow2"
+    make_tree(disk, 16 << 20, lambda root: (root / "file").write_text("1"))
+    qemu("qemu-img", "convert", "-O", "qcow2", disk, image)
+    qemu("qemu-img", "snapshot", "-c", "a", image)
+    args = cli.build_parser(["cat"]).parse_args(["cat", str(image), "a:file"])
+    with typing(image, tmp_path):
+        with open_inside(args) as inside:
+            assert b"1" == b"".join(inside.find("a:file", follow=True).place.chunks())
+        with pytest.raises(QcowfsError, match="the snapshot was deleted or changed"), open_inside(args) as inside:
+            inside.find("a:file", follow=True)
+            with image.open("r+b") as file:  # the header counts one snapshot less
+                file.seek(60)
+                file.write(bytes(4))

@@ -28,7 +28,7 @@ from qcowfs.export.changes import pieces
 from qcowfs.export.compression import COMPRESSIONS
 from qcowfs.export.qcow2file import Qcow2Writer
 from qcowfs.gate import Policy
-from qcowfs.snapshot import by_age
+from qcowfs.snapshot import by_age, require_unchanged
 from qcowfs.vfs.names import file_name
 from tests.support import forge, need
 from tests.support.images import qemu
@@ -215,7 +215,7 @@ class TestRefusals:
         with open_chain(str(image), Policy(), lock=False) as chain:
             point = find_point(chain, "one")
             running = replace(point, layer=replace(point.layer, written_by_other=True))
-            job.require_unchanged(running)
+            require_unchanged([running])
             with image.open("r+b") as file:  # the header counts one snapshot less
                 file.seek(60)
                 file.write(b"\0\0\0\0")
