@@ -12,7 +12,7 @@ from qcowfs.cli.difffiles import EXAMPLES as FILES_EXAMPLES
 from qcowfs.cli.difffiles import configure_files, run_files
 from qcowfs.cli.options import add_inside_options, add_json_option, add_opening_options
 from qcowfs.cli.points import split_image
-from qcowfs.errors import SourceError, UsageError
+from qcowfs.errors import NotAnImage, SourceError, UsageError, printable
 
 __all__ = ["EXAMPLES", "HELP", "configure", "run"]
 
@@ -50,4 +50,8 @@ def run(args: argparse.Namespace) -> int:
     except SourceError as error:
         if args.new is None and not os.path.lexists(split_image(args.old)[0]):
             error.hint = error.hint or "for two points of one image, give IMAGE, OLD and NEW"
+        raise
+    except NotAnImage as error:
+        if args.new is None and error.image == printable(os.path.abspath(split_image(args.old)[0])):
+            error.hint = "--new-format raw takes it for a raw disk"  # --image-format would take both for one
         raise
