@@ -94,6 +94,13 @@ def test_only_some_paths(partitioned: Partitioned) -> None:
     assert (17, f"qcowfs: {image}: p2/nothing: it is in neither of the points\n") == (done.returncode, done.stderr)
 
 
+def test_a_directory_that_is_asked_for_twice_is_not_damaged(partitioned: Partitioned) -> None:
+    once = lines(partitioned.image, "before", "current", "p2/etc")
+
+    assert once
+    assert [*once, *once] == lines(partitioned.image, "before", "current", "p2/etc", "p2/etc")
+
+
 def test_totals(partitioned: Partitioned) -> None:
     words = ("--stat", partitioned.image, "before", "current")
     table = {line.split()[-1]: line.split()[:-1] for line in lines(*words)[1:]}
