@@ -16,7 +16,7 @@ from qcowfs import limits
 from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError, TreeFault
 from qcowfs.inside.pointfiles import RawVolume
-from qcowfs.inside.record import NO_XATTRS, Inode
+from qcowfs.inside.record import NO_CHANGE_TIME, NO_XATTRS, Inode
 from qcowfs.inside.walk import File, Place, join, unpacked
 from qcowfs.stored import FileOf, same_bytes, same_place
 
@@ -165,7 +165,9 @@ class Comparison:
     def _settled(self, inode: bytes) -> bool:
         """Tell whether nothing is to be asked of what has this packed inode on both sides."""
         found = unpacked((b"", inode))[1]
-        return not stat.S_ISDIR(found.mode) and (not self._checksum or bool(found.error))
+        if stat.S_ISDIR(found.mode):
+            return False
+        return bool(found.error) or not (self._checksum or found.flags & NO_CHANGE_TIME)
 
     def _list(self, side: int, path: bytes, place: Place | None, depth: int) -> _Listing:
         if place is None or not is_directory(place):
@@ -197,7 +199,7 @@ class Comparison:
     def _differences(self, path: bytes, old: Place, new: Place) -> tuple[str, ...]:
         one, other = old.inode, new.inode
         settled = bool(one.ino) and all(getattr(one, name) == getattr(other, name) for name in SAME)
-        if settled and not self._checksum:
+        if settled and not self._checksum and not one.flags & NO_CHANGE_TIME:
             return ()
         has_contents = stat.S_ISREG(one.mode) or stat.S_ISLNK(one.mode)
         try:

@@ -15,9 +15,9 @@ from qcowfs._cache import Cache
 from qcowfs._core import Disk
 from qcowfs._tables import LayerMap
 from qcowfs.chain import Chain, Layer
-from qcowfs.errors import UnsupportedImage
+from qcowfs.errors import QcowfsError, UnsupportedImage, printable
 from qcowfs.qcow2 import header as qcow2
-from qcowfs.qcow2.snapshots import SnapshotEntry, validate_l1
+from qcowfs.qcow2.snapshots import SnapshotEntry, read_snapshots, validate_l1
 
 NANOSECONDS = 1_000_000_000
 LIVE_CACHE_SIZE = 1 << 20  # of one read of a LiveDisk, and forgotten after it
@@ -214,3 +214,20 @@ class LiveDisk:
         if entry is None and layer.written_by_other and isinstance(layer.header, qcow2.Header):
             return _qcow2_map(layer, qcow2.read_header(layer.source), None)
         return layer_map(layer, entry)  # a snapshot's own tables do not move, whoever writes below it
+
+
+def require_unchanged(points: Iterable[Point]) -> None:
+    """See that snapshots are still there, if a machine is running that may have deleted them.
+
+    Raises:
+        QcowfsError: one is not; what was read of it may be other data.
+    """
+    tables: dict[int, list[SnapshotEntry]] = {}
+    for point in points:
+        layer = point.layer
+        if point.entry is None or not layer.written_by_other:
+            continue
+        if layer.depth not in tables:
+            tables[layer.depth] = list(read_snapshots(layer.source, qcow2.read_header(layer.source)))
+        if point.entry not in tables[layer.depth]:
+            raise QcowfsError(f"{printable(layer.path)}: the snapshot was deleted or changed while it was being read")

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qcowfs import __version__
 from qcowfs.errors import QcowfsError, UsageError, printable
@@ -51,6 +51,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(_escaped(message), hint=f"'{self.prog} --help' tells more")
+
+
+class _VerbParser(Parser):
+    """A verb's, whose options may stand anywhere: argparse takes what may be left out for missing once one comes."""
+
+    _is_mixed = False
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        found, left = super().parse_known_args(args, namespace)
+        if not left or self._is_mixed or args is None or "--" in args:
+            return found, left
+        self._is_mixed = True  # it calls this
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_mixed = False
 
 
 def _escaped(message: str) -> str:
@@ -131,7 +147,7 @@ def build_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qcowfs {__version__}")
     parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
-    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_VerbParser)
     for verb in verbs:
         module = _module(verb)
         description = getattr(module, "DESCRIPTION", None) or f"{module.HELP[0].upper()}{module.HELP[1:]}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from qcowfs.chain import FORMATS
 from qcowfs.cli.diffblocks import EXAMPLES as BLOCKS_EXAMPLES
@@ -10,7 +11,8 @@ from qcowfs.cli.diffblocks import configure_blocks, run_blocks
 from qcowfs.cli.difffiles import EXAMPLES as FILES_EXAMPLES
 from qcowfs.cli.difffiles import configure_files, run_files
 from qcowfs.cli.options import add_inside_options, add_json_option, add_opening_options
-from qcowfs.errors import UsageError
+from qcowfs.cli.points import split_image
+from qcowfs.errors import NotAnImage, SourceError, UsageError, printable
 
 __all__ = ["EXAMPLES", "HELP", "configure", "run"]
 
@@ -37,12 +39,19 @@ def run(args: argparse.Namespace) -> int:
     """Print the differences."""
     if args.new is not None and args.new_format:
         raise UsageError("--new-format is for a second image, and there is one only")
-    if not args.blocks:
-        if args.granularity is not None:
-            raise UsageError("--granularity goes with --blocks")
-        return run_files(args)
-    if args.paths or args.checksum or args.stat or args.norecovery or args.others:
+    if not args.blocks and args.granularity is not None:
+        raise UsageError("--granularity goes with --blocks")
+    if args.blocks and (args.paths or args.checksum or args.stat or args.norecovery or args.others):
         raise UsageError(
             "--blocks compares whole disks: PATH, --checksum, --stat, --norecovery and --with are for files"
         )
-    return run_blocks(args)
+    try:
+        return run_blocks(args) if args.blocks else run_files(args)
+    except SourceError as error:
+        if args.new is None and not os.path.lexists(split_image(args.old)[0]):
+            error.hint = error.hint or "for two points of one image, give IMAGE, OLD and NEW"
+        raise
+    except NotAnImage as error:
+        if args.new is None and error.image == printable(os.path.abspath(split_image(args.old)[0])):
+            error.hint = "--new-format raw takes it for a raw disk"  # --image-format would take both for one
+        raise

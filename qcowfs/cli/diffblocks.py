@@ -22,7 +22,7 @@ from qcowfs.cli.options import open_chain
 from qcowfs.cli.points import find_named, split_image
 from qcowfs.errors import QcowfsError, ReadFault, SourceError, UsageError, printable
 from qcowfs.mountoptions import byte_count
-from qcowfs.snapshot import open_disk
+from qcowfs.snapshot import Point, open_disk, require_unchanged
 
 __all__ = ["EXAMPLES", "configure_blocks", "run_blocks"]
 
@@ -47,6 +47,7 @@ class _Side:
 
     image: str
     point: str
+    at: Point
     disk: Disk
 
     def document(self) -> dict[str, Any]:
@@ -96,6 +97,8 @@ def run_blocks(args: argparse.Namespace) -> int:
         for start, length in found:
             printed.add(start, length)
             count, total = count + 1, total + length
+        for side in (old, new):
+            require_unchanged([side.at])
         printed.end(count, total, faults)
         return UNREADABLE if faults.kept else DIFFERENT if count else SAME
 
@@ -115,11 +118,7 @@ def _sides(args: argparse.Namespace, stack: ExitStack) -> tuple[_Side, _Side]:
         return _side(chain, args.old, cache), _side(chain, args.new, cache)
     (image, old), (other, new) = split_image(args.image), split_image(args.old)
     first = stack.enter_context(open_chain(args, image, other_format=args.image_format))
-    try:
-        second = stack.enter_context(open_chain(args, other, other_format=args.new_format or args.image_format))
-    except SourceError as error:
-        error.hint = error.hint or "for two points of one image, give IMAGE, OLD and NEW"
-        raise
+    second = stack.enter_context(open_chain(args, other, other_format=args.new_format or args.image_format))
     return _side(first, old, cache), _side(second, new, cache)
 
 
@@ -127,7 +126,7 @@ def _side(chain: Chain, text: str | None, cache: Cache) -> _Side:
     name, point = find_named(chain, "current" if text is None else text)
     if not point.frozen:
         logger.warning("%s: another process is writing what %s reads", printable(chain.image), printable(name))
-    return _Side(chain.layers[0].path, name, open_disk(chain, point, cache))
+    return _Side(chain.image, name, point, open_disk(chain, point, cache))
 
 
 class _Table:

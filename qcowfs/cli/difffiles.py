@@ -71,9 +71,10 @@ def run_files(args: argparse.Namespace) -> int:
     with _opened(args) as sides:
         out: _Output = _Document(sides, stat=args.stat) if args.json else _Totals() if args.stat else _Lines()
         teller = _Teller(sides, out)
-        comparison = Comparison(partial(_file_of, sides), checksum=args.checksum, tell=teller.tell)
         code = 0
         for path, old, new in _pairs(sides, [plain(os.fsencode(path)) for path in args.paths] or [b""], teller):
+            # One each: a directory that was asked for twice is not damaged.
+            comparison = Comparison(partial(_file_of, sides), checksum=args.checksum, tell=teller.tell)
             for change in differences(comparison, path, old, new, _too_many):
                 out.add(change)
                 code = DIFFERENT

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from qcowfs import limits
+from qcowfs import gate, limits
 from qcowfs._cache import Cache
 from qcowfs.chain import Chain
 from qcowfs.cli import output
@@ -25,7 +25,7 @@ from qcowfs.export.copying import Report, Unreadable, stream
 from qcowfs.export.job import Form, Written
 from qcowfs.export.qcow2file import Backing
 from qcowfs.export.target import require_free
-from qcowfs.snapshot import Point, by_age, open_disk
+from qcowfs.snapshot import Point, by_age, open_disk, require_unchanged
 from qcowfs.vfs import names
 
 HELP = "write a point to a file of its own, or all points to a chain of files"
@@ -139,7 +139,8 @@ def _form(args: argparse.Namespace) -> Form:
 def _backing(args: argparse.Namespace, old: Point | None) -> Backing | None:
     if old is None:
         return None
-    return verified(args.backing, args.backing_format or "qcow2", args.out, old.virtual_size)
+    policy = gate.load_policy(args.allow_backing)
+    return verified(args.backing, args.backing_format or "qcow2", args.out, old.virtual_size, policy)
 
 
 def _export(
@@ -177,7 +178,7 @@ def _export_to_stdout(args: argparse.Namespace, chain: Chain, point: Point) -> i
     with ExitStack() as stack:
         report = _watch(stack, args.point)(lambda: disk.virtual_size) if on_terminal() else None
         unreadable = stream(disk, output.write_bytes, report, keep_going=args.keep_going)
-    job.require_unchanged(point)
+    require_unchanged([point])
     return _told([(args.point, unreadable)])
 
 

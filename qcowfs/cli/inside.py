@@ -29,7 +29,7 @@ from qcowfs.inside.opened import open_disks
 from qcowfs.inside.pointfiles import point_root
 from qcowfs.inside.trees import Trees
 from qcowfs.inside.walk import Place
-from qcowfs.snapshot import Point
+from qcowfs.snapshot import Point, require_unchanged
 from qcowfs.vfs.beside import Beside, frozen_disk
 
 __all__ = ["PLACE_HELP", "Inside", "Spot", "open_images", "open_inside", "plain", "told"]
@@ -58,13 +58,16 @@ def open_images(
     """Open images, None for that of `args`, each with the others that --with names; `formats` are those of the images.
 
     Raises:
-        QcowfsError: one of them cannot be opened.
+        QcowfsError: one of them cannot be opened; or, in the end, a snapshot that was read is not there any more.
     """
     with Trees(recover=not args.norecovery) as trees, ExitStack() as stack:
         pairs = zip(images, formats, strict=False)
         chains = [stack.enter_context(open_chain(args, image, other_format=known)) for image, known in pairs]
         others = [stack.enter_context(open_chain(args, other)) for other in args.others]
-        yield [Inside(chain, others, trees) for chain in chains]
+        insides = [Inside(chain, others, trees) for chain in chains]
+        yield insides
+        for inside in insides:
+            require_unchanged(inside.read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,14 @@ class Inside:
         chain: of the image.
         trees: opens the trees in it.
         chains: whose points the disks are that were looked into.
+        read: the points that were looked into.
     """
 
     def __init__(self, chain: Chain, others: Sequence[Chain], trees: Trees) -> None:
         self.chain = chain
         self.trees = trees
         self.chains: dict[Disk, Chain] = {}
+        self.read: list[Point] = []
         self._others = others
         self._cache = Cache(limits.DEFAULT_CACHE_SIZE)
         self._beside = Beside(others, self._cache)
@@ -114,6 +119,17 @@ class Inside:
             QcowfsError: there is no such thing, or it cannot be read.
         """
         name, point, path = find_place(self.chain, text)
+        return self._at(name, point, path, follow=follow)
+
+    def find_in(self, name: str, path: str, *, follow: bool) -> Spot:
+        """Return what a path means in the point that has this name; colons in the two mean nothing.
+
+        Raises:
+            QcowfsError: there is no such thing, or it cannot be read.
+        """
+        return self._at(name, dict(self.named_points())[name], path, follow=follow)
+
+    def _at(self, name: str, point: Point, path: str, *, follow: bool) -> Spot:
         raw = os.fsencode(path)
         try:
             return Spot(self.chain.image, name, plain(raw), self.root(name, point).resolve(raw, follow=follow))
@@ -171,6 +187,7 @@ class Inside:
 
     def _opened(self, name: str, point: Point) -> tuple[Contents, Sequence[Mapped | None]]:
         disk = frozen_disk(self.chain, name, point, self._cache)
+        self.read.append(point)
         beside = self._beside.disks(name)
         for one, chain in zip((disk, *beside), (self.chain, *self._others), strict=True):
             self.chains[one] = chain

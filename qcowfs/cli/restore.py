@@ -95,21 +95,25 @@ def run(args: argparse.Namespace) -> int:
     if args.dest == STDOUT and len(args.places) > 1:
         raise UsageError("standard output can have one file", hint="./- is a file of that name")
     with open_inside(args) as inside:
-        places = args.places if args.version is None else [_of_version(inside, args.version, at) for at in args.places]
         if args.dest == STDOUT:
-            return _print(inside.find(places[0], follow=True))
-        sources = [_source(inside, text) for text in places]
+            return _print(_spot(inside, args.places[0], args.version, follow=True))
+        sources = [_source(inside, text, args.version) for text in args.places]
         with _signals() as signals:
             code = _restore(args, sources, signals)
     signals.end()
     return code
 
 
-def _of_version(inside: Inside, number: int, path: str) -> str:
-    """Return POINT:PATH of the first point that has this version of a path."""
+def _spot(inside: Inside, text: str, version: int | None, *, follow: bool) -> Spot:
+    """Return what POINT:PATH means, or PATH in the first point that has this version of it."""
+    if version is None:
+        return inside.find(text, follow=follow)
+    return inside.find_in(_point_of_version(inside, version, text), text, follow=follow)
 
+
+def _point_of_version(inside: Inside, number: int, path: str) -> str:
     def tell(point: str, at: bytes, error: QcowfsError) -> None:
-        logger.warning("%s: %s", printable(f"{point}:{os.fsdecode(at)}"), error)
+        logger.warning("%s: %s", printable(f"{point}:{os.fsdecode(at)}" if at else point), error)
 
     found = [one for one in versions(inside, plain(os.fsencode(path)), tell) if one.number is not None]
     chosen = next((one for one in found if one.number == number), None)
@@ -117,7 +121,7 @@ def _of_version(inside: Inside, number: int, path: str) -> str:
         known = len({one.number for one in found})
         why = f"there {'is' if known == 1 else 'are'} {known}" if known else "it is in no point"
         raise PointNotFound(inside.chain.image, f"no version {number} of {printable(path)}", why, hint=VERSIONS_HINT)
-    return f"{chosen.points[0]}:{path}"
+    return chosen.points[0]
 
 
 class _Stopped(BaseException):
@@ -170,10 +174,12 @@ class _Source(NamedTuple):
     name: bytes
 
 
-def _source(inside: Inside, text: str) -> _Source:
+def _source(inside: Inside, text: str, version: int | None) -> _Source:
     try:
-        spot = inside.find(text, follow=False)
+        spot = _spot(inside, text, version, follow=False)
     except PointNotFound as error:
+        if version is not None:
+            raise
         raise _with_points(inside, text, error) from error
     name = spot.path.rpartition(b"/")[2]
     return _Source(spot, b"" if name == b".." or text.endswith(("/", "/.")) else name)

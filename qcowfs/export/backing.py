@@ -6,10 +6,14 @@ Used by the command line.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from qcowfs import limits, raw
+from qcowfs.chain import open_chain
 from qcowfs.errors import ImageError, SourceError, UsageError, printable
 from qcowfs.export.qcow2file import Backing
+from qcowfs.export.target import files_of
+from qcowfs.policy import Policy
 from qcowfs.qcow2 import header
 from qcowfs.source.file import open_file
 
@@ -33,15 +37,17 @@ def recorded(name: str, image_format: str) -> Backing:
     return Backing(raw_name, image_format)
 
 
-def verified(name: str, image_format: str, overlay: str, virtual_size: int) -> Backing:
+def verified(name: str, image_format: str, overlay: str, virtual_size: int, policy: Policy) -> Backing:
     """Return the same, after a look at the file: a wrong one would be silently wrong for every reader of the overlay.
 
     Args:
         overlay: the path that the overlay will have.
         virtual_size: bytes of the point that the file should hold.
+        policy: which files the file itself may name.
 
     Raises:
-        ImageError: it is not there, not of that format, or not of that size.
+        ImageError: it is not there, or not of that format.
+        UsageError: it is not of that size, or would be replaced by the overlay.
     """
     path = os.path.join(os.path.dirname(overlay), name)
     found = _virtual_size(path, image_format)
@@ -50,7 +56,21 @@ def verified(name: str, image_format: str, overlay: str, virtual_size: int) -> B
             f"{printable(path)}: holds a disk of {found} bytes, the older point has {virtual_size}",
             hint="the backing file is that point's own export; --backing-format raw if it is raw",
         )
+    _require_apart(path, image_format, overlay, policy)
     return recorded(name, image_format)
+
+
+def _require_apart(path: str, image_format: str, overlay: str, policy: Policy) -> None:
+    """Refuse an overlay in the place of what it needs: --force would destroy it, and leave a file based on itself."""
+    if not os.path.exists(overlay):
+        return
+    is_needed = os.path.samefile(overlay, path)
+    # What may not be opened is not looked into: that an image names a file is no leave to read it.
+    with suppress(ImageError), open_chain(path, policy, lock=False, image_format=image_format) as chain:
+        status = os.stat(overlay)
+        is_needed |= (status.st_dev, status.st_ino) in files_of(chain)
+    if is_needed:
+        raise UsageError(f"{printable(overlay)}: is the backing file, or what that is based on")
 
 
 def _virtual_size(path: str, image_format: str) -> int:

@@ -19,11 +19,9 @@ from qcowfs.export.copying import Copy, Report, Unreadable, Writer, merged
 from qcowfs.export.qcow2file import Backing, Qcow2Writer
 from qcowfs.export.rawfile import RawWriter
 from qcowfs.export.target import Target, private_mode, require_free
-from qcowfs.qcow2 import header as qcow2
-from qcowfs.qcow2.snapshots import read_snapshots
-from qcowfs.snapshot import Point, open_disk
+from qcowfs.snapshot import Point, open_disk, require_unchanged
 
-__all__ = ["Form", "Watch", "Written", "export", "require_frozen", "require_unchanged"]
+__all__ = ["Form", "Watch", "Written", "export", "require_frozen"]
 
 MIB = 1 << 20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -76,20 +74,6 @@ def require_frozen(chain: Chain, point: Point) -> None:
         )
 
 
-def require_unchanged(point: Point) -> None:
-    """See that the snapshot is still there, if a machine is running that may have deleted it.
-
-    Raises:
-        QcowfsError: it is not; its clusters may hold other data by now.
-    """
-    layer = point.layer
-    if point.entry is None or not layer.written_by_other:
-        return
-    header = qcow2.read_header(layer.source)
-    if point.entry not in read_snapshots(layer.source, header):
-        raise QcowfsError(f"{printable(layer.path)}: the snapshot was deleted or changed while it was being read")
-
-
 def export(
     chain: Chain,
     point: Point,
@@ -128,9 +112,7 @@ def export(
             target.flush()
         except OSError as error:
             raise _cannot_write(path, copy, error) from error
-        for one in (point, old):
-            if one is not None:
-                require_unchanged(one)
+        require_unchanged([one for one in (point, old) if one is not None])
         status = os.fstat(target.descriptor)
     return Written(
         path=path,

@@ -16,7 +16,7 @@ from types import TracebackType
 from qcowfs.chain import Chain
 from qcowfs.errors import QcowfsError, SourceError, UsageError, printable
 
-__all__ = ["Target", "private_mode", "require_free"]
+__all__ = ["Target", "files_of", "private_mode", "require_free"]
 
 OWNER = stat.S_IRUSR | stat.S_IWUSR
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
@@ -35,7 +35,7 @@ def require_free(path: str, chain: Chain, *, force: bool) -> None:
     except OSError as error:
         raise SourceError.from_oserror(path, "cannot write", error) from error
     shown = printable(path)
-    if status is not None and (status.st_dev, status.st_ino) in _files_of(chain):
+    if status is not None and (status.st_dev, status.st_ino) in files_of(chain):
         raise UsageError(f"{shown}: is a file of the image itself")
     if status is not None and not stat.S_ISREG(status.st_mode):
         what = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
@@ -132,12 +132,14 @@ def private_mode(chain: Chain) -> int:
     """
     mode = 0o666
     for layer in chain.layers:
-        with suppress(OSError):
-            mode &= os.stat(layer.path).st_mode
+        for path in (layer.path, layer.data_path or layer.path):
+            with suppress(OSError):
+                mode &= os.stat(path).st_mode
     return mode | OWNER
 
 
-def _files_of(chain: Chain) -> Collection[tuple[int, int]]:
+def files_of(chain: Chain) -> Collection[tuple[int, int]]:
+    """Return device and inode number of each file that `chain` is in."""
     found = set()
     for layer in chain.layers:
         found.add(layer.file_id)

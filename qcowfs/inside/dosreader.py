@@ -18,7 +18,7 @@ from typing import NamedTuple
 from qcowfs.inside.clusters import Chain, Heap, Table
 from qcowfs.inside.directories import Directories
 from qcowfs.inside.reader import Device, Extents
-from qcowfs.inside.record import NO_XATTRS, Extent, Inode, pack_entry
+from qcowfs.inside.record import NO_CHANGE_TIME, NO_XATTRS, Extent, Inode, pack_entry
 
 __all__ = ["DIRECTORY", "ENTRY", "READ_ONLY", "ROOT", "DosFile", "DosReader"]
 
@@ -109,8 +109,9 @@ class DosReader(ABC):
         mode |= 0o555 if file.attributes & READ_ONLY and not file.is_directory else 0o755
         blocks = -(-file.size // self._heap.size) * self._heap.size // 512
         atime, mtime, nanoseconds = file.times
+        flags = NO_XATTRS | NO_CHANGE_TIME
         return Inode(
-            ino, file.size, blocks, atime, mtime, mtime, 0, nanoseconds, nanoseconds, mode, 1, 0, 0, 0, NO_XATTRS, 0
+            ino, file.size, blocks, atime, mtime, mtime, 0, nanoseconds, nanoseconds, mode, 1, 0, 0, 0, flags, 0
         )  # fmt: skip
 
     def _entry(self, name: bytes, ino: int, cookie: int) -> bytes:

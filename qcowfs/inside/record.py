@@ -12,7 +12,19 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["ENTRY", "EXTENT", "INODE", "INODE_BITS", "NO_XATTRS", "TYPES", "UNMAPPED", "Extent", "Inode", "pack_entry"]
+__all__ = [
+    "ENTRY",
+    "EXTENT",
+    "INODE",
+    "INODE_BITS",
+    "NO_CHANGE_TIME",
+    "NO_XATTRS",
+    "TYPES",
+    "UNMAPPED",
+    "Extent",
+    "Inode",
+    "pack_entry",
+]
 
 INODE = struct.Struct("<QQQqqqIIIIIIIIII")
 ENTRY = struct.Struct("<QHHI")  # cookie of the next entry, length of the name, extents that follow, bytes of all
@@ -20,6 +32,7 @@ EXTENT = struct.Struct("<QQQ")
 
 INODE_BITS = 40  # a reader's inode number is less than 2 ** 40, and not 0
 NO_XATTRS = 1  # of `Inode.flags`: nobody needs to ask for extended attributes
+NO_CHANGE_TIME = 2  # of `Inode.flags`: `ctime` is only what programs set, so that equal inodes do not prove equal files
 TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
 UNMAPPED = 0xFFFF  # instead of a count of extents: they are to be asked for
 

@@ -246,7 +246,7 @@ def resolve(root: File, path: bytes, *, follow: bool) -> File:
         TreeFault: ENOENT, with a hint if another name is near; ENOTDIR, ELOOP, or what the tree said.
     """
     trail = [root]  # only its last can be no directory
-    left = path.split(b"/")[::-1]
+    left = path.split(b"/")[::-1] if path else []  # nothing is no "/", which only a directory has behind it
     links = 0
     while left:
         name = left.pop()

@@ -21,7 +21,7 @@ class Destination:
     Attributes:
         directory: the directory, or the one that holds the name.
         name: b"" if `directory` is where to restore into.
-        shown: how a person calls `directory`.
+        shown: how a person calls `directory`; b"" where the name alone was typed.
     """
 
     def __init__(self, typed: bytes, existing: Existing, *, directories: bool, several: bool) -> None:
@@ -45,10 +45,10 @@ class Destination:
             raise QcowfsError(f"{printable(typed)}: not a directory")
         if descriptor is None:
             above, _, self.name = self.shown.rpartition(b"/")
-            self.shown = above or self.shown[: self.shown.startswith(b"/")] or b"."
-            descriptor = _opened(self.shown)
+            self.shown = above or self.shown[: self.shown.startswith(b"/")]
+            descriptor = _opened(self.shown or b".")
         if descriptor is None:
-            raise QcowfsError(f"{printable(self.shown)}: no such directory")
+            raise QcowfsError(f"{printable(self.shown or b'.')}: no such directory")
         self.directory = Directory(descriptor, new=False, existing=existing)
 
     def close(self) -> None:

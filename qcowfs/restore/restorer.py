@@ -75,12 +75,12 @@ class Restorer:
         """Restore `place` as `name` in `directory`; with no name, what is in `place`.
 
         Args:
-            shown: how a person calls `directory`.
+            shown: how a person calls `directory`; b"": not at all, only what is in it.
 
         Raises:
             NoRoom: the file system is full, or cannot be written.
         """
-        top = Trail(None, shown.rstrip(b"/"))
+        top = Trail(None, shown.rstrip(b"/") + b"/" if shown else b"")
         self._seen = {place.name: {place.inode.ino}}
         self._count = 0
         self._links = Links(directory.descriptor)

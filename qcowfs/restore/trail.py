@@ -11,14 +11,15 @@ __all__ = ["Trail"]
 
 
 class Trail(NamedTuple):
-    """A name in another place; without one it is the top, whose name is that of a person."""
+    """A name in another place; without one it is the top, whose name is that of a person, with what joins the next."""
 
     above: Trail | None
     name: bytes
 
     def path(self) -> bytes:
         """Return the names with slashes between them."""
-        return b"/".join(self.names())
+        top, *below = self.names()
+        return top + b"/".join(below) if below else top.rstrip(b"/") or top
 
     def names(self) -> list[bytes]:
         """Return the names from the top on."""

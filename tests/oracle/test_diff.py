@@ -19,7 +19,7 @@ from qcowfs._core import Disk
 from qcowfs.blockdiff import differing, may_differ
 from qcowfs.chain import open_chain
 from qcowfs.cli.points import find_point, split_image
-from qcowfs.errors import PointNotFound, ReadFault, SourceError, UsageError
+from qcowfs.errors import NotAnImage, PointNotFound, ReadFault, SourceError, UsageError
 from qcowfs.gate import Policy
 from qcowfs.snapshot import open_disk
 from tests.support import need
@@ -342,8 +342,25 @@ def test_what_is_wrong_is_one_line_and_its_exit_code(
     assert said in told.err.splitlines()[0]
 
 
-def test_a_point_where_an_image_belongs_is_met_with_a_hint(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert SourceError.exit_code == cli.main(["diff", "--blocks", str(image), "a"])
+@pytest.mark.parametrize("options", [[], ["--blocks"]])
+def test_only_the_second_image_is_said_to_be_raw(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """The option of both would compare the bytes of the qcow2 file itself."""
+    raw_disk = tmp_path / "raw"
+    raw_disk.write_bytes(bytes(4096))
+
+    assert NotAnImage.exit_code == cli.main(["diff", *options, str(image), str(raw_disk)])
+    assert "hint: --new-format raw takes it for a raw disk" == capsys.readouterr().err.splitlines()[1]
+    assert NotAnImage.exit_code == cli.main(["diff", *options, str(raw_disk), str(image)])
+    assert "hint: --image-format raw takes it for a raw disk" == capsys.readouterr().err.splitlines()[1]
+
+
+@pytest.mark.parametrize("options", [[], ["--blocks"]])
+def test_a_point_where_an_image_belongs_is_met_with_a_hint(
+    image: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert SourceError.exit_code == cli.main(["diff", *options, str(image), "a"])
     assert "hint: for two points of one image, give IMAGE, OLD and NEW" == capsys.readouterr().err.splitlines()[1]
 
 

@@ -18,6 +18,7 @@ from tests.oracle.test_inside_commands import damaged
 from tests.support import need
 from tests.support.crash import mounted
 from tests.support.disks import run
+from tests.support.forgefat import Exfat, Fat
 from tests.support.guests import Guest, make_tree, partitioned_image, volume_group
 from tests.support.images import qemu
 from tests.support.mounts import call
@@ -91,6 +92,13 @@ def test_only_some_paths(partitioned: Partitioned) -> None:
     assert [] == lines(image, "before", "before", "p2.raw", code=0)
     done = call("diff", image, "before", "current", "p2/nothing")
     assert (17, f"qcowfs: {image}: p2/nothing: it is in neither of the points\n") == (done.returncode, done.stderr)
+
+
+def test_a_directory_that_is_asked_for_twice_is_not_damaged(partitioned: Partitioned) -> None:
+    once = lines(partitioned.image, "before", "current", "p2/etc")
+
+    assert once
+    assert [*once, *once] == lines(partitioned.image, "before", "current", "p2/etc", "p2/etc")
 
 
 def test_totals(partitioned: Partitioned) -> None:
@@ -266,6 +274,37 @@ def test_only_checksum_finds_what_no_inode_tells(tmp_path: Path) -> None:
 
     assert [] == lines(image, *points, code=0)
     assert ["M file"] == lines("--checksum", image, *points)
+
+
+@pytest.mark.parametrize("kind", ["fat", "exfat"])
+def test_what_has_no_change_time_is_compared_by_where_it_is(kind: str, tmp_path: Path) -> None:
+    """On FAT whoever writes a file sets all of its times: an equal directory entry proves nothing."""
+    images = [tmp_path / "before.raw", tmp_path / "after.raw"]
+    for image, content in zip(images, (b"before", b"after!"), strict=True):
+        tree = {"dir": {"changed": content, "same": b"same"}}
+        image.write_bytes(Fat(32, tree).finish() if kind == "fat" else Exfat(tree).finish())
+
+    assert ["M dir/changed"] == lines("--image-format", "raw", *images)
+    assert [] == lines("--image-format", "raw", images[0], images[0], code=0)
+
+
+def test_two_files_are_compared_by_their_own_paths(tmp_path: Path) -> None:
+    """A path behind each point may mean a file, and it need not be the same path."""
+    image = tmp_path / "image.qcow2"
+
+    def fill(root: Path) -> None:
+        (root / "one").write_text("1")
+        (root / "two").write_text("2")
+        (root / "directory").mkdir()
+
+    raw_disk = tmp_path / "disk"
+    make_tree(raw_disk, 16 * MIB, fill)
+    (point,) = overlays(tmp_path, image, [raw_disk])
+
+    assert ["M ."] == lines(image, f"{point}:one", f"{point}:two")
+    assert [] == lines(image, f"{point}:one", f"{point}:one", code=0)
+    assert ["T ."] == lines(image, f"{point}:one", f"{point}:directory")
+    assert 17 == call("diff", image, f"{point}:one/", f"{point}:two").returncode
 
 
 @pytest.fixture(scope="module")

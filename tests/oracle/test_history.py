@@ -15,14 +15,14 @@ import pytest
 
 from qcowfs import cli, history, limits
 from qcowfs.cli.inside import open_inside
-from qcowfs.errors import UnsupportedImage
+from qcowfs.errors import QcowfsError, UnsupportedImage
 from tests.oracle.test_filediff import held, raw
 from tests.oracle.test_inside_commands import damaged, output
 from tests.oracle.test_lock import typing
 from tests.support import need
 from tests.support.crash import mounted
 from tests.support.disks import run
-from tests.support.guests import Guest, bare_image
+from tests.support.guests import Guest, bare_image, make_tree
 from tests.support.images import qemu
 from tests.support.mounts import call
 from tests.support.states import State, make_states, overlays
@@ -268,3 +268,41 @@ def test_a_version_is_restored_by_its_number(
     for number in ("0", "-1", "x", "1.5"):
         assert cli.main(["restore", str(image), f"--version={number}", "etc/fstab", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_a_version_is_of_the_path_that_was_given(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    """POINT:PATH of one point may read like that of another: both may have colons."""
+    need("mke2fs", "qemu-img")
+    disk, image = tmp_path / "disk", tmp_path / "image.qcow2"
+
+    def fill(root: Path) -> None:
+        for name in ("x:y", "y"):
+            (root / name).write_text(name)
+
+    make_tree(disk, 16 << 20, fill)
+    qemu("qemu-img", "convert", "-O", "qcow2", disk, image)
+    for point in ("a", "a:x"):
+        qemu("qemu-img", "snapshot", "-c", point, image)
+
+    assert 0 == cli.main(["restore", "--version", "1", str(image), "x:y", "-"])
+    assert b"x:y" == capsysbinary.readouterr().out
+    assert 0 == cli.main(["restore", "--version", "1", str(image), "x:y", str(tmp_path / "out")])
+    assert "x:y" == (tmp_path / "out").read_text()
+
+
+def test_a_snapshot_that_is_deleted_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """What its clusters hold may be anything by then. What reads files of points checks it at the end."""
+    need("mke2fs", "qemu-img", "qemu-io", "stdbuf")
+    disk, image = tmp_path / "disk", tmp_path / "image.qcow2"
+    make_tree(disk, 16 << 20, lambda root: (root / "file").write_text("1"))
+    qemu("qemu-img", "convert", "-O", "qcow2", disk, image)
+    qemu("qemu-img", "snapshot", "-c", "a", image)
+    args = cli.build_parser(["cat"]).parse_args(["cat", str(image), "a:file"])
+    with typing(image, tmp_path):
+        with open_inside(args) as inside:
+            assert b"1" == b"".join(inside.find("a:file", follow=True).place.chunks())
+        with pytest.raises(QcowfsError, match="the snapshot was deleted or changed"), open_inside(args) as inside:
+            inside.find("a:file", follow=True)
+            with image.open("r+b") as file:  # the header counts one snapshot less
+                file.seek(60)
+                file.write(bytes(4))

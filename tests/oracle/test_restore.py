@@ -247,12 +247,21 @@ def test_a_volume_group_of_two_images(tmp_path: Path) -> None:
     ],
 )
 def test_the_destination_is_understood_as_cp_does(
-    bare: Bare, there: Path, monkeypatch: pytest.MonkeyPatch, place: str, dest: str, made: str
+    bare: Bare,
+    there: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    dest: str,
+    made: str,
 ) -> None:
     monkeypatch.chdir(there.parent)
     shutil.rmtree(there / "etc")
 
-    assert restore(bare.image, place, dest) == 0
+    assert restore("--json", bare.image, place, dest) == 0
+    paths = [entry["path"] for entry in json.loads(capsys.readouterr().out)["restored"]]
+    typed = dest.rstrip("/")
+    assert all(path == typed or path.startswith(f"{typed}/") for path in paths)
     assert Path(made).read_bytes() == b"UUID=1 / ext4 defaults 0 1\n"
 
 

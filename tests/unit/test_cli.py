@@ -163,6 +163,21 @@ def test_wrong_words_are_usage_errors(capsys: pytest.CaptureFixture[str], words:
     assert lines[0].startswith(f"qcowfs: {expected}")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["map", "I", "--json", "current"],
+        ["diff", "I", "current", "--blocks", "current"],
+        ["export", "I", "--force", "current", "OUT"],
+        ["export", "I", "current", "--force", "OUT"],
+    ],
+)
+def test_options_may_stand_between_other_words(image: Path, tmp_path: Path, words: list[str]) -> None:
+    """What argparse alone does not understand where one of the words may be left out."""
+    known = {"I": str(image), "OUT": str(tmp_path / "out")}
+    assert cli.main([known.get(word, word) for word in words]) == 0
+
+
 def test_a_misspelt_verb_is_recognized(capsys: pytest.CaptureFixture[str]) -> None:
     assert failure(capsys, "lst")[1][1] == "hint: did you mean 'list'?"
 

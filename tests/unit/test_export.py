@@ -28,9 +28,10 @@ from qcowfs.export.changes import pieces
 from qcowfs.export.compression import COMPRESSIONS
 from qcowfs.export.qcow2file import Qcow2Writer
 from qcowfs.gate import Policy
-from qcowfs.snapshot import by_age
+from qcowfs.snapshot import by_age, require_unchanged
 from qcowfs.vfs.names import file_name
-from tests.support import forge
+from tests.support import forge, need
+from tests.support.images import qemu
 from tests.support.mounts import REPOSITORY, wait_until
 from tests.support.tables import Tables
 
@@ -114,6 +115,20 @@ class TestRefusals:
 
         assert UsageError.exit_code == run("--force", top, "current", image)
         assert before == image.read_bytes()
+
+    @pytest.mark.parametrize("replaced", ["one", "base", "link"])
+    def test_an_overlay_does_not_replace_what_it_needs(self, image: Path, out: Path, replaced: str) -> None:
+        """The older point's export would be lost, and what is left would be based on itself."""
+        base, one, link = (out.with_name(name) for name in ("base", "one", "link"))
+        assert 0 == run("-O", "qcow2", image, "two", base)
+        assert 0 == run("--since", "two", "--backing", "base", image, "one", one)
+        link.symlink_to("one")
+        before = base.read_bytes(), one.read_bytes()
+
+        words = ("--force", "--since", "one", "--backing", "one", image, "current", out.with_name(replaced))
+        assert UsageError.exit_code == run(*words)
+        assert before == (base.read_bytes(), one.read_bytes())
+        assert ["base", "link", "one"] == sorted(os.listdir(out.parent))
 
     @pytest.mark.parametrize("leads_somewhere", [True, False])
     def test_a_symbolic_link_is_replaced_and_not_followed(
@@ -200,7 +215,7 @@ class TestRefusals:
         with open_chain(str(image), Policy(), lock=False) as chain:
             point = find_point(chain, "one")
             running = replace(point, layer=replace(point.layer, written_by_other=True))
-            job.require_unchanged(running)
+            require_unchanged([running])
             with image.open("r+b") as file:  # the header counts one snapshot less
                 file.seek(60)
                 file.write(b"\0\0\0\0")
@@ -505,3 +520,14 @@ def test_a_copy_is_as_private_as_the_image(image: Path, out: Path, top: int, bas
         os.umask(before)
 
     assert expected | 0o600 == out.stat().st_mode & 0o777
+
+
+def test_a_copy_is_as_private_as_the_file_that_has_the_data(out: Path, tmp_path: Path) -> None:
+    need("qemu-img")
+    image, data = tmp_path / "external.qcow2", tmp_path / "data"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", image, "1M")
+    image.chmod(0o644)
+    data.chmod(0o600)
+
+    assert 0 == run(image, "current", out)
+    assert 0o600 == out.stat().st_mode & 0o777
