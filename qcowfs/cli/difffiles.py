@@ -27,23 +27,7 @@ from qcowfs.filediff import ADDED, METADATA, MODIFIED, REMOVED, RENAMED, TYPE, C
 from qcowfs.inside.walk import Place, join
 from qcowfs.pointdiff import differences
 
-__all__ = ["EXAMPLES", "configure_files", "run_files"]
-
-EXAMPLES = """\
-Each line is a letter and a path as a mount shows it below NAME/:
-  A  added               M  modified: other contents
-  D  deleted             m  other metadata only: mode, owner, time, attributes
-  R  renamed: OLD -> NEW T  of another type
-What is in a renamed directory is compared under its new name. The exit code is 0 if nothing differs, 1 if something
-does or cannot be compared. Contents are read only where neither the inode nor where it is stored decides.
-
-examples:
-  qcowfs diff image.qcow2 before-upgrade current
-  qcowfs diff image.qcow2 monday tuesday p2/etc p2/var/lib      only these
-  qcowfs diff --stat image.qcow2 monday tuesday                 how much in which directory
-  qcowfs diff monday.qcow2:current tuesday.qcow2:current        points of two images
-  qcowfs diff --json image.qcow2 monday tuesday | jq -r '.changes[] | select(.change == "added").path'
-"""
+__all__ = ["run_files"]
 
 LETTERS = {ADDED: b"A", REMOVED: b"D", MODIFIED: b"M", METADATA: b"m", TYPE: b"T", RENAMED: b"R"}
 COLUMNS = ("ADDED", "DELETED", "MODIFIED", "METADATA", "TYPE", "RENAMED", "DIRECTORY")
@@ -58,12 +42,6 @@ class _Output(Protocol):
     def add(self, change: Change) -> None: ...
     def tell(self, path: bytes, what: str) -> None: ...
     def end(self) -> None: ...
-
-
-def configure_files(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a diff of files."""
-    parser.add_argument("--checksum", action="store_true", help="compare all contents, whatever the inodes say")
-    parser.add_argument("--stat", action="store_true", help="print how many differ in each directory")
 
 
 def run_files(args: argparse.Namespace) -> int:
