@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from qcowfs.cli import output
-from qcowfs.cli.inside import PLACE_HELP, open_inside, told
+from qcowfs.cli.inside import PLACE_HELP, Spot, open_inside, told
 from qcowfs.cli.options import add_image_options, add_inside_options
 from qcowfs.errors import TreeFault
 
@@ -34,10 +34,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the bytes."""
     with open_inside(args) as inside:
-        spot = inside.find(args.place, follow=True)
-        try:
-            for chunk in spot.place.chunks():
-                output.write_bytes(chunk)
-        except TreeFault as fault:
-            raise told(fault, spot.image, spot.where(spot.path)) from fault
+        print_file(inside.find(args.place, follow=True))
     return 0
+
+
+def print_file(spot: Spot) -> None:
+    """Write the bytes of a file to standard output.
+
+    Raises:
+        QcowfsError: it is none, or some of them cannot be read; those before are written.
+    """
+    try:
+        for chunk in spot.place.chunks():
+            output.write_bytes(chunk)
+    except TreeFault as fault:
+        raise told(fault, spot.image, spot.where(spot.path)) from fault

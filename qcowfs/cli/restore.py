@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import qcowfs.cli
 from qcowfs import limits
 from qcowfs.cli import output
-from qcowfs.cli.inside import Inside, Spot, open_inside, plain, told
+from qcowfs.cli.cat import print_file
+from qcowfs.cli.inside import Inside, Spot, open_inside, plain
 from qcowfs.cli.ls import MAX_JSON_ERRORS, TYPES
 from qcowfs.cli.options import add_image_options, add_inside_options, add_json_option
-from qcowfs.errors import PointNotFound, QcowfsError, TreeFault, UsageError, printable
+from qcowfs.errors import PointNotFound, QcowfsError, UsageError, printable
 from qcowfs.history import versions
 from qcowfs.inside.walk import Place
 from qcowfs.restore.destination import Destination
@@ -96,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("standard output can have one file", hint="./- is a file of that name")
     with open_inside(args) as inside:
         if args.dest == STDOUT:
-            return _print(_spot(inside, args.places[0], args.version, follow=True))
+            print_file(_spot(inside, args.places[0], args.version, follow=True))
+            return 0
         sources = [_source(inside, text, args.version) for text in args.places]
         with _signals() as signals:
             code = _restore(args, sources, signals)
@@ -194,15 +196,6 @@ def _with_points(inside: Inside, text: str, error: PointNotFound) -> PointNotFou
         shown = ", ".join(printable(name) for name in others[:SHOWN_POINTS])
         error.hint = f"it is in {shown}{f' and {len(others) - SHOWN_POINTS} more' * (len(others) > SHOWN_POINTS)}"
     return error
-
-
-def _print(spot: Spot) -> int:
-    try:
-        for chunk in spot.place.chunks():
-            output.write_bytes(chunk)
-    except TreeFault as fault:
-        raise told(fault, spot.image, spot.where(spot.path)) from fault
-    return 0
 
 
 def _restore(args: argparse.Namespace, sources: Sequence[_Source], signals: _Signals) -> int:

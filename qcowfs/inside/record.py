@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 __all__ = [
@@ -90,6 +90,22 @@ def pack_entry(name: bytes, inode: bytes, cookie: int, extents: Sequence[Extent]
     length = -(-(ENTRY.size + len(inode) + len(packed) + len(name)) // 8) * 8
     count = UNMAPPED if extents is None else len(extents)
     return (ENTRY.pack(cookie, len(name), count, length) + inode + packed + name).ljust(length, b"\0")
+
+
+def unpack_entries(page: bytes) -> Iterator[tuple[int, bytes, int, bytes | None]]:
+    """Yield cookie, name, place of the bytes of INODE, and bytes of the EXTENTs (None: not told) of each entry.
+
+    Args:
+        page: entries whose lengths were checked (answer.py).
+    """
+    place = 0
+    while place < len(page):
+        cookie, name_length, extents, length = ENTRY.unpack_from(page, place)
+        inode = place + ENTRY.size
+        first = inode + INODE.size
+        name = first + EXTENT.size * (0 if extents == UNMAPPED else extents)
+        yield cookie, page[name : name + name_length], inode, None if extents == UNMAPPED else page[first:name]
+        place += length
 
 
 def fill(entries: Iterable[bytes], room: int) -> bytes:

@@ -18,7 +18,7 @@ from qcowfs._mapped import Mapped
 from qcowfs.errors import TreeFault, printable
 from qcowfs.inside.client import Tree
 from qcowfs.inside.guestfile import Broken, file_disk
-from qcowfs.inside.record import ENTRY, EXTENT, INODE, NO_XATTRS, UNMAPPED, Inode
+from qcowfs.inside.record import INODE, NO_XATTRS, Inode, unpack_entries
 
 __all__ = [
     "Children",
@@ -313,14 +313,9 @@ def _entries(tree: Tree, ino: int, most: int) -> Iterator[tuple[bytes, bytes, by
     """Yield name, packed INODE and packed EXTENTs (None: not told) of each entry, in the order of the tree."""
     cookie = count = 0
     while page := tree.entries(ino, cookie, limits.INSIDE_WANT):
-        place = 0
-        while place < len(page):  # the lengths were checked
-            cookie, length, extents, whole = ENTRY.unpack_from(page, place)
-            inode = place + ENTRY.size
-            first = inode + INODE.size
-            name = first + EXTENT.size * (0 if extents == UNMAPPED else extents)
-            yield page[name : name + length], page[inode:first], None if extents == UNMAPPED else page[first:name]
-            place += whole
+        for following, name, inode, extents in unpack_entries(page):
+            cookie = following
+            yield name, page[inode : inode + INODE.size], extents
             count += 1
         if count > most:
             raise TreeFault(tree.name, f"inode {ino}: the directory has too many entries", errno.EFBIG)

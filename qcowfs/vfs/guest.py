@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError, TreeFault, printable
-from qcowfs.inside.record import ENTRY, EXTENT, INODE, INODE_BITS, UNMAPPED, Inode
+from qcowfs.inside.record import INODE, INODE_BITS, Inode, unpack_entries
 from qcowfs.vfs.faults import FaultLog
 from qcowfs.vfs.links import Depths, contained
 from qcowfs.vfs.node import Attributes, Directory, Node, Place
@@ -180,11 +180,10 @@ class Guest:
     def _learned(self, depths: Depths, number: int, page: bytes) -> bytes:
         """Note which links and directories are in a directory; return its page, errors where `lookup` raises one."""
         learned = bytearray(page)
-        place = 0
-        for entry in _unpacked(page):
-            if not depths.learn(number, entry.attributes.ino, entry.attributes.mode):
-                ERROR.pack_into(learned, place + ENTRY.size + INODE.size - ERROR.size, errno.EIO)
-            place += ENTRY.unpack_from(page, place)[3]
+        for _, _, place, _ in unpack_entries(page):
+            inode = Inode(*INODE.unpack_from(page, place))
+            if not depths.learn(number, inode.ino, inode.mode):
+                ERROR.pack_into(learned, place + INODE.size - ERROR.size, errno.EIO)
         return bytes(learned)
 
     def readlink(self, number: int) -> bytes:
@@ -361,13 +360,9 @@ class GuestListing:
 
 def _unpacked(page: bytes) -> Iterator[Entry]:
     """Return the entries of a page."""
-    place = 0
-    while place < len(page):
-        cookie, name_length, extents, length = ENTRY.unpack_from(page, place)
-        inode = Inode(*INODE.unpack_from(page, place + ENTRY.size))
-        name = place + ENTRY.size + INODE.size + (0 if extents == UNMAPPED else extents) * EXTENT.size
-        yield Entry(page[name : name + name_length], _attributes(inode), not inode.error, cookie)
-        place += length
+    for cookie, name, place, _ in unpack_entries(page):
+        inode = Inode(*INODE.unpack_from(page, place))
+        yield Entry(name, _attributes(inode), not inode.error, cookie)
 
 
 def _attributes(inode: Inode) -> Attributes:

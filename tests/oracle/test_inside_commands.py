@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
-import pty
 import random
 import re
 import shutil
@@ -29,6 +27,7 @@ from tests.support.guests import Guest, bare_image, loop_mounted, make_tree, par
 from tests.support.images import qemu
 from tests.support.mounts import REPOSITORY, Person, call, launcher, me, one_line, ordinary_user
 from tests.support.sparse import digest
+from tests.support.terminal import on_a_terminal
 
 TYPES = {
     "file": stat.S_IFREG,
@@ -202,18 +201,9 @@ def test_names_in_a_pipe_are_those_that_ls_prints(bare: Bare, tmp_path: Path) ->
 
 
 def test_names_on_a_terminal_are_escaped(bare: Bare) -> None:
-    terminal, ours = pty.openpty()
-    try:
-        with subprocess.Popen([*launcher(), "ls", str(bare.image), "before"], stdout=ours) as process:
-            os.close(ours)
-            said = b""
-            with contextlib.suppress(OSError):  # EIO: nobody has the other side
-                while data := os.read(terminal, 1 << 16):
-                    said += data
-    finally:
-        os.close(terminal)
+    code, said = on_a_terminal([*launcher(), "ls", str(bare.image), "before"], "stdout")
 
-    assert process.returncode == 0
+    assert code == 0
     assert {rb"\xff\xfe", rb"new\x0aline", rb"back\\slash", rb"\x1b[31mred", b"etc"} <= set(said.split(b"\r\n"))
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import re
 import shutil
 import signal
@@ -25,6 +23,7 @@ from tests.support.guests import Guest, bare_image, loop_mounted, make_tree, par
 from tests.support.images import qemu
 from tests.support.mounts import Person, call, launcher, me, ordinary_user
 from tests.support.tables import Tables
+from tests.support.terminal import on_a_terminal
 from tests.support.trees import describe
 
 MIB = 1 << 20
@@ -524,19 +523,10 @@ def test_a_reader_of_the_document_that_goes_away_ends_it(bare: Bare, tmp_path: P
 
 def test_a_terminal_sees_where_it_is(bare: Bare, tmp_path: Path) -> None:
     (tmp_path / "fstab").write_bytes(b"ours")
-    terminal, ours = pty.openpty()
-    try:
-        words = [*launcher(), "restore", str(bare.image), "before:etc/", "before:many", "before:large", str(tmp_path)]
-        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=ours) as process:
-            os.close(ours)
-            said = b""
-            with contextlib.suppress(OSError):  # EIO: nobody has the other side
-                while data := os.read(terminal, 1 << 16):
-                    said += data
-    finally:
-        os.close(terminal)
+    words = [*launcher(), "restore", str(bare.image), "before:etc/", "before:many", "before:large", str(tmp_path)]
+    code, said = on_a_terminal(words, "stderr")
 
-    assert process.returncode == 1
+    assert code == 1
     assert re.search(rb"\r\x1b\[K\d+ files, [\d.]+ \w+, [\d.]+ \w+/s  /[^\r]+\r\x1b\[K", said)
     assert f"\x1b[Kqcowfs: {tmp_path}/fstab: it is there already\r\n".encode() in said
     assert said.endswith(b"\r\x1b[K")
