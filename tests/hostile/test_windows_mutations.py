@@ -28,7 +28,7 @@ from tests.support import lacking, need
 from tests.support.crash import mounted
 from tests.support.forgefat import Exfat, Fat, Memory
 
-RUNS = int(os.environ.get("QCOWFS_MUTATIONS", "400"))
+RUNS = int(os.environ.get("QCOWFS_MUTATIONS", "2000"))
 WORKER_RUNS = 40
 SECONDS = 8  # of processor time, of one walk
 MOST_FILES = 3000
