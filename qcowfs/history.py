@@ -19,7 +19,7 @@ from qcowfs._core import Disk
 from qcowfs.errors import QcowfsError, TreeFault
 from qcowfs.inside.record import Inode
 from qcowfs.inside.walk import Place, join, unpacked
-from qcowfs.snapshot import Point, newness
+from qcowfs.snapshot import Point, by_age
 from qcowfs.stored import FileOf, fingerprint
 
 __all__ = ["Inside", "Version", "histories", "versions"]
@@ -141,7 +141,10 @@ class _History:
 
     def run(self, path: bytes, *, pattern: bool) -> dict[bytes, list[Version]]:
         """Look into all points, the oldest first."""
-        for name, point in sorted(self._inside.named_points(), key=lambda named: newness(named[1])):
+        named = self._inside.named_points()
+        names = {id(point): name for name, point in named}
+        for point in by_age(point for _, point in named):
+            name = names[id(point)]
             try:
                 self._look(name, point, path, pattern=pattern)
             except TooManyPaths:

@@ -306,3 +306,17 @@ def test_a_snapshot_that_is_deleted_while_it_is_read_is_an_error(tmp_path: Path)
             with image.open("r+b") as file:  # the header counts one snapshot less
                 file.seek(60)
                 file.write(bytes(4))
+
+
+def test_the_image_as_it_is_now_is_the_newest_whatever_its_date(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel stamps a file by a clock that is some milliseconds behind the one of a snapshot's date."""
+    directory = tmp_path_factory.mktemp("v")
+    image = directory / "image.qcow2"
+    bare_image(directory, image)
+    os.utime(image, (1, 1))
+
+    assert cli.main(["history", "--json", str(image), "etc/fstab"]) == 0
+    (path,) = json.loads(capsys.readouterr().out)["files"]
+    assert [version["points"] for version in path["versions"]] == [["before"], ["current"]]
