@@ -18,6 +18,7 @@ cdef struct source_t:
     const source_t* base  # SliceSource
     uint64_t start  # SliceSource: its first byte in base
     uint64_t room  # SliceSource: its length
+    void* state  # a remote source's own
 
 
 cdef class Source:

@@ -71,6 +71,10 @@ cdef class Source:
         """
         return self.c.identity
 
+    def uncached(self):
+        """Return a source of the same bytes that no cache of ours stands before, so that it sees what changed."""
+        return self
+
     def close(self):
         """Give back what the source holds; reading it afterwards is an error."""
 
@@ -125,6 +129,10 @@ cdef class SliceSource(Source):
 
     def place(self):
         return self.base.place(), self.c.start, self.c.room
+
+    def uncached(self):
+        base = self.base.uncached()
+        return self if base is self.base else SliceSource(base, self.c.start, self.c.room)
 
     def close(self):
         self.base.close()
