@@ -309,6 +309,9 @@ def test_the_longest_name_of_a_file_is_the_image(tmp_path: Path) -> None:
     assert (name, None) == split_image(name)
     assert (name, "c:d") == split_image(f"{name}:c:d")
     assert (f"{name}:b", None) == split_image(f"{name}:b")
+    assert (f"{name}:b", "c") == split_image(f"{name}:b:c")
+    assert (f"{name}:b", "") == split_image(f"{name}:b:")
+    assert ("missing", "c:d") == split_image("missing:c:d")
 
 
 @pytest.mark.parametrize(
@@ -323,9 +326,6 @@ def test_the_longest_name_of_a_file_is_the_image(tmp_path: Path) -> None:
 )
 def test_the_point_of_a_url_is_in_its_last_component(text: str, image: str, point: str | None) -> None:
     assert (image, point) == split_image(text)
-    assert (f"{name}:b", "c") == split_image(f"{name}:b:c")
-    assert (f"{name}:b", "") == split_image(f"{name}:b:")
-    assert ("missing", "c:d") == split_image("missing:c:d")
 
 
 @pytest.mark.parametrize(
