@@ -36,7 +36,7 @@ ROWS = (
     ("_core",),
     ("_resolve", "_clusters"),
     ("_tables", "_codec"),
-    ("_cache",),
+    ("_cache", "_pysource"),
     ("_source", "_threads", "_reply"),
     ("_answer", "_sandbox"),
     ("_records", "_crc32c"),
