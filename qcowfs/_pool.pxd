@@ -46,7 +46,7 @@ cdef void pool_destroy(pool_t* pool) noexcept nogil
 # Have `work(owner, first, last)` called, before all that waits if it is `urgent`. False: there was no room.
 cdef bint pool_add(
     pool_t* pool, work_t work, void* owner, uint64_t first, uint64_t last, bint urgent) noexcept nogil
-# Return when there is no task of `owner` any more: those that wait are done before, if `finish`, else dropped.
-cdef void pool_drain(pool_t* pool, void* owner, bint finish) noexcept nogil
+# Return when all tasks of `owner` were done; what wants to end soon has told them to do nothing.
+cdef void pool_drain(pool_t* pool, void* owner) noexcept nogil
 # Collect the threads; the pool can be used again afterwards. No two calls at once.
 cdef void pool_stop(pool_t* pool) noexcept nogil

@@ -86,23 +86,11 @@ cdef void help(void* argument) noexcept nogil:
     pthread_mutex_unlock(&pool.lock)
 
 
-cdef void pool_drain(pool_t* pool, void* owner, bint finish) noexcept nogil:
+cdef void pool_drain(pool_t* pool, void* owner) noexcept nogil:
     pthread_mutex_lock(&pool.lock)
-    if not finish:
-        drop(pool, owner)
     while has_task(pool, owner):
         pthread_cond_wait(&pool.done, &pool.lock)
     pthread_mutex_unlock(&pool.lock)
-
-
-cdef void drop(pool_t* pool, void* owner) noexcept nogil:
-    cdef uint32_t number
-    cdef uint32_t left = 0
-    for number in range(pool.count):
-        if pool.tasks[(pool.first + number) % TASKS].owner != owner:
-            pool.tasks[(pool.first + left) % TASKS] = pool.tasks[(pool.first + number) % TASKS]
-            left += 1
-    pool.count = left
 
 
 cdef bint has_task(const pool_t* pool, const void* owner) noexcept nogil:

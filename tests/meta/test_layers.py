@@ -37,6 +37,8 @@ ROWS = (
     ("_resolve", "_clusters"),
     ("_tables", "_codec"),
     ("_blocks",),
+    ("_blockread",),
+    ("_interruptible",),
     ("_cache", "_pysource", "_statuses", "_pool"),
     ("_source", "_threads", "_reply", "_streams", "_blockfile"),
     ("_answer", "_sandbox"),
