@@ -37,6 +37,7 @@ ROWS = (
     ("_resolve", "_clusters"),
     ("_tables", "_codec"),
     ("_cache",),
+    ("_requests",),
     ("_source", "_threads", "_reply"),
     ("_answer", "_sandbox"),
     ("_records", "_crc32c"),
