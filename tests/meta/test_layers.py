@@ -37,6 +37,8 @@ ROWS = (
     ("_resolve", "_clusters"),
     ("_tables", "_codec"),
     ("_cache",),
+    ("_iscsi",),
+    ("_iscsisession",),
     ("_requests",),
     ("_source", "_threads", "_reply"),
     ("_answer", "_sandbox"),
