@@ -79,7 +79,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
     except BaseException:
         source.close()
         raise
-    log_news(source)
+    log_news(source, _worded)
     return Remote(source=source)
 
 
@@ -164,17 +164,28 @@ def _wait(source: LunSource, seconds: float) -> None:
 
 def _refuse(url: Url, login: Login, reason: str) -> NoReturn:
     """Tell a person what libiscsi said."""
-    number = _ERRNO.search(reason)
-    if reason.startswith(CONNECTING) and number is not None:
-        error = OSError(int(number[1]), os.strerror(int(number[1])))
-        raise SourceError.from_oserror(url.shown, "cannot connect", error)
+    code = _connect_error(reason)
+    if code is not None:
+        raise SourceError.from_oserror(url.shown, "cannot connect", OSError(code, os.strerror(code)))
     for word, code, what, why, hint in _REASONS:
         if word in reason:
             hint = hint.format(server=url.server, initiator=os.fsdecode(login["initiator"]))
-            failure = SourceError(url.shown, what, why or printable(reason), hint=hint)
+            failure = SourceError(url.shown, what, why or _worded(reason), hint=hint)
             failure.errno = code
             raise failure
-    raise SourceError(url.shown, "cannot log in", printable(" ".join(reason.split())))
+    raise SourceError(url.shown, "cannot log in", _worded(reason))
+
+
+def _connect_error(reason: str) -> int | None:
+    """Return the errno in what libiscsi says of a connection that it could not make, None: it could."""
+    number = _ERRNO.search(reason)
+    return int(number[1]) if number is not None and reason.startswith(CONNECTING) else None
+
+
+def _worded(reason: str) -> str:
+    """Return a reason of libiscsi in one line of plain words; a target may have chosen some of them."""
+    code = _connect_error(reason)
+    return printable(" ".join(reason.split())) if code is None else f"cannot connect: {os.strerror(code)}"
 
 
 def _identity(login: Login, facts: tuple[int, bytes, bytes]) -> tuple[object, ...]:
