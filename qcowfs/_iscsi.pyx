@@ -194,11 +194,13 @@ cdef void welcome(lun_t* lun) noexcept nogil:
 cdef void give_up(lun_t* lun) noexcept nogil:
     """End a session that failed; what was in flight waits for the next one, which `prepare` begins."""
     cdef session_t* session = &lun.session
+    cdef char text[NEWS_SIZE]
     drop(lun)
     if not lun.online:
         session.portal = (session.portal + 1) % session.login.portal_count
     if lun.pause:  # one that is back at once is not worth a line
-        queue_tell(lun.queue, TROUBLE, session.why)
+        snprintf(text, NEWS_SIZE, b"%.200s; connecting again, while reads wait", session.why)
+        queue_tell(lun.queue, TROUBLE, text)
     lun.online = 0
     lun.next_attempt = monotonic() + lun.pause
     lun.pause = min(max(2 * lun.pause, <int64_t>FIRST_PAUSE), lun.longest_pause)
@@ -348,6 +350,8 @@ cdef bint succeeded(part_t* part, int status, scsi_task* task) noexcept nogil:
     elif status == SCSI_STATUS_RESERVATION_CONFLICT:
         fail(part, b"another host has reserved the unit for itself", -2)
     else:  # the session was ended, or is of no use
+        if status == SCSI_STATUS_CANCELLED:
+            session_fail(&lun.session, b"the connection was lost")
         session_fail(&lun.session, iscsi_get_error(lun.session.context))
         put_back(part)
     return False

@@ -34,7 +34,7 @@ INITIATOR = "iqn.2008-11.org.linux-kvm"
 TURN = 0.1  # seconds between two looks at Ctrl-C
 _SERVER = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+)(?::(\d{1,5}))?")
 _PATH = re.compile(r"/([^/]+)/(\d{1,5})")
-_ERRNO = re.compile(r"\((\d+)\)")
+_CONNECTING = re.compile(rf"{CONNECTING}[^()]*\((\d+)\)\.?")
 _WORLDWIDE_NAA = b"\x02\x05\x06"  # assigned by the IEEE to one unit of the whole world; 3 is the administrator's own
 _NAA, _EUI64 = 3, 2  # designator types
 
@@ -164,8 +164,9 @@ def _wait(source: LunSource, seconds: float) -> None:
 
 def _refuse(url: Url, login: Login, reason: str) -> NoReturn:
     """Tell a person what libiscsi said."""
-    code = _connect_error(reason)
-    if code is not None:
+    connecting = _CONNECTING.match(reason)
+    if connecting is not None:
+        code = int(connecting[1])
         raise SourceError.from_oserror(url.shown, "cannot connect", OSError(code, os.strerror(code)))
     for word, code, what, why, hint in _REASONS:
         if word in reason:
@@ -176,16 +177,10 @@ def _refuse(url: Url, login: Login, reason: str) -> NoReturn:
     raise SourceError(url.shown, "cannot log in", _worded(reason))
 
 
-def _connect_error(reason: str) -> int | None:
-    """Return the errno in what libiscsi says of a connection that it could not make, None: it could."""
-    number = _ERRNO.search(reason)
-    return int(number[1]) if number is not None and reason.startswith(CONNECTING) else None
-
-
 def _worded(reason: str) -> str:
     """Return a reason of libiscsi in one line of plain words; a target may have chosen some of them."""
-    code = _connect_error(reason)
-    return printable(" ".join(reason.split())) if code is None else f"cannot connect: {os.strerror(code)}"
+    plain = _CONNECTING.sub(lambda found: f"cannot connect: {os.strerror(int(found[1]))}", reason)
+    return printable(" ".join(plain.split()))
 
 
 def _identity(login: Login, facts: tuple[int, bytes, bytes]) -> tuple[object, ...]:

@@ -21,6 +21,7 @@ from qcowfs.errors import SourceError
 from qcowfs.source.remote import RemoteSettings, open_remote
 from qcowfs.source.url import parse_url
 from tests.support.iscsi import Target
+from tests.support.workers import eventually
 
 SIZE = (24 << 20) + 4096  # bytes of LUN 1
 LENGTHS = (1, 511, 513, 4095, 4097, 65536, 1000001, (2 << 20) + 3)
@@ -270,7 +271,7 @@ class TestTroubles:
                     break
                 except OSError:
                     continue
-            _until(lambda: any("answers again" in line for line in caplog.messages))
+            assert eventually(lambda: any("answers again" in line for line in caplog.messages))
 
         assert [errno.EIO, errno.EIO] == errors
         assert content[5:14] == again
@@ -314,7 +315,7 @@ class TestTroubles:
 
         assert errno.ESTALE == failure(source)
         assert errno.ESTALE == failure(source, 9000)
-        _until(lambda: any("another logical unit" in line for line in caplog.messages))
+        assert eventually(lambda: any("another logical unit" in line for line in caplog.messages))
 
     @pytest.mark.expect_warnings
     def test_a_unit_that_shrank_fails_only_what_is_gone(
@@ -342,7 +343,7 @@ def test_a_medium_error_is_of_its_range(
     assert content[:9] == source.read_at(0, 9)
     assert [errno.EIO, errno.EIO] == [failure(source, 3 << 18), failure(source, (3 << 18) + 512)]
     assert content[(1 << 19) - 9 : 1 << 19] == source.read_at((1 << 19) - 9, 9)
-    _until(lambda: any("at offset 0xc0000" in line for line in caplog.messages))
+    assert eventually(lambda: any("at offset 0xc0000" in line for line in caplog.messages))
     assert 1 == len(caplog.messages), "one line for one kind of error"
 
 
@@ -357,13 +358,6 @@ def test_holes_of_a_thin_unit_are_told(target: Target, opened: Callable[..., Sou
 
     start, length = 8 << 20, 65536
     assert [(0, start, False), (start, length, True), (start + length, start - length, False)] == extents
-
-
-def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONG
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert true()
 
 
 def _eventually(read: Callable[[], bytes]) -> bytes:
