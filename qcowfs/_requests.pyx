@@ -79,22 +79,21 @@ cdef class QueuedSource(Source):
 
     def close(self):
         """Let every read fail that waits, and end the thread."""
-        if not self.ready:
-            return
+        if self.ready:
+            self.stop()
+            end_news(&self.queue)
+
+    cdef void stop(self) noexcept:
         with nogil:
             queue_fail(&self.queue, EBADF)
             if self.running:
                 thread_stop(&self.thread)
-            end_news(&self.queue)
         self.running = False
 
     def __dealloc__(self):
         if not self.ready:
             return
-        if self.running:
-            with nogil:
-                queue_fail(&self.queue, EBADF)
-                thread_stop(&self.thread)
+        self.stop()
         c_close(self.queue.wakeup)
         pthread_cond_destroy(&self.queue.told)
         pthread_condattr_destroy(&self.queue.clock)
