@@ -11,4 +11,4 @@ cdef class NbdSource(QueuedSource):
     cdef bytes certificates
     cdef bytes keys
     cdef object where
-    cdef int connect(self, link_t* link, bint listing) except -1
+    cdef int reach(self, link_t* link, bint listing) except -1

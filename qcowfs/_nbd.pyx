@@ -31,7 +31,7 @@ cdef struct listed_t:
 
 
 cdef class NbdSource(QueuedSource):
-    """An export of an NBD server, once `open` returned.
+    """An export of an NBD server, once `connect` returned.
 
     Args:
         name: for messages.
@@ -56,14 +56,14 @@ cdef class NbdSource(QueuedSource):
         self.service.server.tls = tls
         self.c.state = &self.service
 
-    def open(self):
+    def connect(self):
         """Connect.
 
         Raises:
             OSError: the server cannot be reached, or refuses; with its words.
         """
         cdef uint64_t largest
-        self.connect(&self.service.link, False)
+        self.reach(&self.service.link, False)
         largest = min(<uint64_t>PIECE, <uint64_t>self.service.link.largest)
         self.queue.largest = largest - largest % self.service.link.smallest
         self.service.size = self.c.room = self.service.link.size
@@ -82,12 +82,12 @@ cdef class NbdSource(QueuedSource):
         cdef link_t link
         cdef listed_t listed
         cdef uint32_t i
-        self.connect(&link, True)
+        self.reach(&link, True)
         with nogil:
             list_exports(self, &link, &listed, monotonic() + self.queue.patience)
         return [(<bytes>listed.names[i]).decode("utf-8", "replace") for i in range(min(listed.count, most))]
 
-    cdef int connect(self, link_t* link, bint listing) except -1:
+    cdef int reach(self, link_t* link, bint listing) except -1:
         cdef int64_t deadline = monotonic() + self.queue.patience
         cdef int status = -EINTR
         while status == -EINTR:

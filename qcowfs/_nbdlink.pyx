@@ -14,11 +14,11 @@ from qcowfs._requests cimport monotonic, queue_failed, queue_t, queue_woken
 from qcowfs.clib.libnbd cimport (
     LIBNBD_AIO_DIRECTION_READ, LIBNBD_AIO_DIRECTION_WRITE, LIBNBD_ALLOW_TRANSPORT_TCP, LIBNBD_ALLOW_TRANSPORT_UNIX,
     LIBNBD_CONTEXT_BASE_ALLOCATION, LIBNBD_SIZE_MAXIMUM, LIBNBD_SIZE_MINIMUM, LIBNBD_TLS_DISABLE, LIBNBD_TLS_REQUIRE,
-    nbd_add_meta_context, nbd_aio_connect_uri, nbd_aio_get_direction, nbd_aio_get_fd, nbd_aio_is_closed,
-    nbd_aio_is_dead, nbd_aio_is_negotiating, nbd_aio_is_ready, nbd_aio_notify_read, nbd_aio_notify_write,
-    nbd_can_meta_context, nbd_close, nbd_create, nbd_get_block_size, nbd_get_errno, nbd_get_error, nbd_get_size,
-    nbd_set_debug, nbd_set_opt_mode, nbd_set_tls_certificates, nbd_set_tls_psk_file, nbd_set_uri_allow_local_file,
-    nbd_set_uri_allow_tls, nbd_set_uri_allow_transports,
+    nbd_add_meta_context, nbd_aio_connect_uri, nbd_aio_disconnect, nbd_aio_get_direction, nbd_aio_get_fd,
+    nbd_aio_is_closed, nbd_aio_is_dead, nbd_aio_is_negotiating, nbd_aio_is_ready, nbd_aio_notify_read,
+    nbd_aio_notify_write, nbd_can_meta_context, nbd_close, nbd_create, nbd_get_block_size, nbd_get_errno,
+    nbd_get_error, nbd_get_size, nbd_set_debug, nbd_set_opt_mode, nbd_set_tls_certificates, nbd_set_tls_psk_file,
+    nbd_set_uri_allow_local_file, nbd_set_uri_allow_tls, nbd_set_uri_allow_transports,
 )
 from qcowfs.clib.poll cimport POLLERR, POLLHUP, POLLIN, POLLOUT, c_poll, pollfd_t
 from qcowfs.clib.socket cimport (
@@ -119,7 +119,9 @@ cdef int link_step(link_t* link, queue_t* queue, int64_t deadline) noexcept nogi
 cdef int step(link_t* link, queue_t* queue, int64_t deadline) noexcept nogil:
     cdef pollfd_t waiting[2]
     cdef unsigned direction = nbd_aio_get_direction(link.handle)
-    cdef int status = 0
+    cdef int status = status_of(link, 0)
+    if status:
+        return status  # it broke when a command was sent
     waiting[0].fd = nbd_aio_get_fd(link.handle)
     waiting[0].events = <short>(
         (POLLIN if direction & LIBNBD_AIO_DIRECTION_READ else 0)
@@ -167,6 +169,8 @@ cdef int milliseconds_until(int64_t deadline) noexcept nogil:
 
 
 cdef void link_close(link_t* link) noexcept nogil:
+    if link.handle != NULL and nbd_aio_is_ready(link.handle) > 0:
+        nbd_aio_disconnect(link.handle, 0)  # the server need not wonder; whether it gets it does not matter
     nbd_close(link.handle)
     link.handle = NULL
 

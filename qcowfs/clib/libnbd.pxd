@@ -56,6 +56,7 @@ cdef extern from "<libnbd.h>" nogil:
     int64_t nbd_aio_block_status(
         nbd_handle* handle, uint64_t count, uint64_t offset, nbd_extent_callback found, nbd_completion_callback done,
         uint32_t flags)
+    int nbd_aio_disconnect(nbd_handle* handle, uint32_t flags)
     int nbd_aio_get_fd(nbd_handle* handle)
     unsigned nbd_aio_get_direction(nbd_handle* handle)
     int nbd_aio_notify_read(nbd_handle* handle)

@@ -1,7 +1,7 @@
 """Exports of NBD servers: nbd://, nbd+unix:// and, encrypted, nbds:// and nbds+unix://, by libnbd.
 
 Used by remote. A URL is what libnbd takes for one, but no file that it names is opened by libnbd's own word: what it
-says of certificates and keys is taken out of it and looked at first. docs/decisions/0010-nbd.md has the reasons.
+says of certificates and keys is taken out of it and looked at first. docs/decisions/0013-nbd.md has the reasons.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
     """
     source = _source(url, settings)
     try:
-        source.open()
+        source.connect()
     except OSError as error:
         failure = _failure(url, source, error)
         source.close()
