@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from qcowfs._source cimport Source
 from qcowfs._threads cimport thread_t
-from qcowfs.clib.pthread cimport pthread_cond_t, pthread_condattr_t, pthread_mutex_t
+from qcowfs.clib.pthread cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:
     NEWS_SIZE = 256
@@ -29,9 +29,9 @@ cdef enum news_kind:
     FAULT  # one range cannot be read, or none any more
 
 
-cdef struct reader_t:
-    pthread_cond_t done
-    uint32_t missing  # requests that are not DONE yet
+cdef struct reader_t:  # gone as soon as `awake` is 1
+    uint32_t awake  # atomic, a futex; 1: all requests are DONE
+    uint32_t missing  # requests that are not
     int64_t error  # -errno of the first one that failed, 0: none
 
 
@@ -56,7 +56,6 @@ cdef struct request_list_t:
 
 cdef struct queue_t:
     pthread_mutex_t mutex  # of all below; nothing is called with it held
-    pthread_condattr_t clock
     request_list_t waiting  # in the order of their deadlines
     request_list_t held
     int wakeup  # an eventfd, readable once something was queued, or when `error` was set

@@ -15,11 +15,12 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from qcowfs._source cimport Source, source_t
 from qcowfs._threads cimport thread_start, thread_stop
+from qcowfs.clib.atomic cimport atomic_load, atomic_store
+from qcowfs.clib.futex cimport futex_wait, futex_wake
 from qcowfs.clib.poll cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_read, eventfd_write
 from qcowfs.clib.pthread cimport (
-    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_timedwait,
-    pthread_cond_wait, pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from qcowfs.clib.unistd cimport c_close
 
@@ -48,8 +49,6 @@ cdef class QueuedSource(Source):
         self.queue.patience = <int64_t>(patience * SECOND)
         self.queue.largest = largest
         pthread_mutex_init(&self.queue.mutex, NULL)
-        pthread_condattr_init(&self.queue.clock)
-        pthread_condattr_setclock(&self.queue.clock, CLOCK_MONOTONIC)
         pthread_cond_init(&self.queue.told, NULL)
         self.ready = True
         self.c.state = &self.queue
@@ -96,7 +95,6 @@ cdef class QueuedSource(Source):
         self.stop()
         c_close(self.queue.wakeup)
         pthread_cond_destroy(&self.queue.told)
-        pthread_condattr_destroy(&self.queue.clock)
         pthread_mutex_destroy(&self.queue.mutex)
 
 
@@ -170,43 +168,49 @@ cdef int64_t ask(queue_t* queue, request_t* requests, uint32_t count) noexcept n
     """Queue the requests, which have one deadline, and wait until all are DONE. Returns 0 or -errno."""
     cdef reader_t reader
     cdef uint32_t i
-    cdef bint wake
+    cdef bint first
+    cdef int error
+    reader.awake = 0
     reader.missing = count
     reader.error = 0
-    pthread_cond_init(&reader.done, &queue.clock)
     pthread_mutex_lock(&queue.mutex)
-    if queue.error:
-        reader.missing = 0
-        reader.error = -queue.error
-    else:
-        wake = queue.waiting.first == NULL
+    error = queue.error
+    first = queue.waiting.first == NULL
+    if not error:
         for i in range(count):
             requests[i].reader = &reader
             requests[i].state = WAITING
             insert(&queue.waiting, &requests[i])
-        if wake:
-            eventfd_write(queue.wakeup, 1)
-        wait(queue, &reader, requests, count)
     pthread_mutex_unlock(&queue.mutex)
-    pthread_cond_destroy(&reader.done)
+    if error:
+        return -error
+    if first:
+        eventfd_write(queue.wakeup, 1)  # not with the mutex, which is the first thing that the other side wants
+    wait(queue, &reader, requests, count)
     return -EIO if reader.error == -ETIMEDOUT else reader.error
 
 
 cdef void wait(queue_t* queue, reader_t* reader, request_t* requests, uint32_t count) noexcept nogil:
     """Wait for the requests; those that still are WAITING after their deadline leave the queue."""
     cdef timespec until
-    cdef uint32_t i
     until.tv_sec = requests[0].deadline // SECOND
     until.tv_nsec = requests[0].deadline % SECOND
-    while reader.missing:
-        if pthread_cond_timedwait(&reader.done, &queue.mutex, &until) != ETIMEDOUT:
-            continue
-        for i in range(count):
-            if requests[i].state == WAITING:
-                remove(&queue.waiting, &requests[i])
-                finish(&requests[i], -ETIMEDOUT)
-        while reader.missing:  # they are HELD, and who holds them knows the deadline
-            pthread_cond_wait(&reader.done, &queue.mutex)
+    while not atomic_load(&reader.awake):
+        if futex_wait(&reader.awake, &until) < 0 and errno == ETIMEDOUT:
+            withdraw(queue, requests, count)
+            break
+    while not atomic_load(&reader.awake):  # what is left is HELD, and who holds it knows the deadline
+        futex_wait(&reader.awake, NULL)
+
+
+cdef void withdraw(queue_t* queue, request_t* requests, uint32_t count) noexcept nogil:
+    cdef uint32_t i
+    pthread_mutex_lock(&queue.mutex)
+    for i in range(count):
+        if requests[i].state == WAITING:
+            remove(&queue.waiting, &requests[i])
+            wake(finish(&requests[i], -ETIMEDOUT))
+    pthread_mutex_unlock(&queue.mutex)
 
 
 cdef void insert(request_list_t* list, request_t* request) noexcept nogil:
@@ -237,16 +241,22 @@ cdef void remove(request_list_t* list, request_t* request) noexcept nogil:
         request.next.previous = request.previous
 
 
-cdef void finish(request_t* request, int64_t result) noexcept nogil:
-    """End a request that is in no list any more; the caller has the mutex."""
+cdef reader_t* finish(request_t* request, int64_t result) noexcept nogil:
+    """End a request that is in no list any more; the caller has the mutex. Returns the reader to wake, or NULL."""
     cdef reader_t* reader = request.reader
     request.result = result
     request.state = DONE
     if result < 0 and not reader.error:
         reader.error = result
     reader.missing -= 1
-    if not reader.missing:
-        pthread_cond_signal(&reader.done)  # the reader's stack is gone once the mutex is free
+    return NULL if reader.missing else reader
+
+
+cdef void wake(reader_t* reader) noexcept nogil:
+    """Let the reader go, if there is one, and its requests with it. The faster without the mutex."""
+    if reader != NULL:
+        atomic_store(&reader.awake, 1)
+        futex_wake(&reader.awake)
 
 
 cdef request_t* queue_take(queue_t* queue) noexcept nogil:
@@ -262,23 +272,27 @@ cdef request_t* queue_take(queue_t* queue) noexcept nogil:
 
 
 cdef void queue_put_back(queue_t* queue, request_t* request) noexcept nogil:
+    cdef reader_t* reader = NULL
     pthread_mutex_lock(&queue.mutex)
     remove(&queue.held, request)
     if queue.error:
-        finish(request, -queue.error)
-    elif request.deadline <= monotonic():  # its reader sleeps without a deadline of its own since then
-        finish(request, -ETIMEDOUT)
+        reader = finish(request, -queue.error)
+    elif request.deadline <= monotonic():  # its reader waits without a deadline of its own since then
+        reader = finish(request, -ETIMEDOUT)
     else:
         request.state = WAITING
         insert(&queue.waiting, request)
     pthread_mutex_unlock(&queue.mutex)
+    wake(reader)
 
 
 cdef void queue_complete(queue_t* queue, request_t* request, int64_t result) noexcept nogil:
+    cdef reader_t* reader
     pthread_mutex_lock(&queue.mutex)
     remove(&queue.held, request)
-    finish(request, result)
+    reader = finish(request, result)
     pthread_mutex_unlock(&queue.mutex)
+    wake(reader)
 
 
 cdef int64_t queue_deadline(queue_t* queue) noexcept nogil:
@@ -310,7 +324,7 @@ cdef void queue_fail(queue_t* queue, int error) noexcept nogil:
     while queue.waiting.first != NULL:
         request = queue.waiting.first
         remove(&queue.waiting, request)
-        finish(request, -error)
+        wake(finish(request, -error))
     eventfd_write(queue.wakeup, 1)
     pthread_mutex_unlock(&queue.mutex)
 

@@ -1,8 +1,5 @@
 # pthread.h and signal.h: what the cache, the codec's pools, the threads of the data plane and remote sources use.
 
-from posix.time cimport timespec
-from posix.types cimport clockid_t
-
 cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t
     ctypedef struct pthread_attr_t:
@@ -10,8 +7,6 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
         pass
     ctypedef struct pthread_cond_t:
-        pass
-    ctypedef struct pthread_condattr_t:
         pass
 
     int pthread_mutex_init(pthread_mutex_t* mutex, const void* attributes)
@@ -22,13 +17,8 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_init(pthread_cond_t* condition, const void* attributes)
     int pthread_cond_destroy(pthread_cond_t* condition)
     int pthread_cond_wait(pthread_cond_t* condition, pthread_mutex_t* mutex)
-    int pthread_cond_timedwait(pthread_cond_t* condition, pthread_mutex_t* mutex, const timespec* until)
     int pthread_cond_signal(pthread_cond_t* condition)
     int pthread_cond_broadcast(pthread_cond_t* condition)
-
-    int pthread_condattr_init(pthread_condattr_t* attributes)
-    int pthread_condattr_destroy(pthread_condattr_t* attributes)
-    int pthread_condattr_setclock(pthread_condattr_t* attributes, clockid_t clock)
 
     int pthread_attr_init(pthread_attr_t* attributes)
     int pthread_attr_destroy(pthread_attr_t* attributes)

@@ -40,6 +40,8 @@ ROWS = (
     ("_nbd",),
     ("_nbdserve",),
     ("_nbdlink",),
+    ("_iscsi",),
+    ("_iscsisession",),
     ("_requests",),
     ("_source", "_threads", "_reply"),
     ("_answer", "_sandbox"),
