@@ -43,6 +43,7 @@ MAX_CACHE_SIZE = 1 << 40  # what is more is a slip of the pen
 DEFAULT_CACHE_SIZE = 32 << 20  # L1/L2 slices and decompressed clusters of one mount, all points together
 TABLE_SLICE_SIZE = 1024  # tables are read and cached in such slices: of 20,000 L2 tables all fit that are in use
 DEFAULT_PATIENCE = 30.0  # seconds that a remote source may take for one answer; a SCSI disk's timeout in Linux
+MIN_PATIENCE = 0.1  # less, and a busy machine at the other end is an error
 MAX_PATIENCE = 3600.0  # longer is for ever, to a person
 DEFAULT_CACHE_DIRECTORY = 4 << 30  # bytes of --cache-dir, of all images together
 MAX_COUNTED_TABLES = 64 << 20  # bytes of L2 tables that one mount walks to answer st_blocks exactly; then an estimate
