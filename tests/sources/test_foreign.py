@@ -18,7 +18,7 @@ from qcowfs.gate import Policy
 from qcowfs.source.foreign import FORMATS, open_url
 from qcowfs.source.remote import RemoteSettings
 from qcowfs.source.url import parse_url
-from tests.support import need
+from tests.support import lacking, need
 from tests.support.mounts import is_running, wait_until
 from tests.support.qemu import qemu
 
@@ -120,6 +120,19 @@ class TestNamesInImages:
         qemu("qemu-img", "convert", "-f", "vmdk", "-O", "raw", image, tmp_path / "followed")
         assert (tmp_path / "followed").read_bytes().startswith(b"secret")
         assert "of several files" in str(refusal(image))
+
+    def test_are_refused_by_the_kernel_if_by_nobody_else(
+        self, tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        program = "from qcowfs import _sandbox; print(_sandbox.see_only([]))"
+        if subprocess.check_output([sys.executable, "-c", program]) != b"True\n":
+            lacking("this kernel has no Landlock")
+        monkeypatch.setattr("qcowfs.source.foreign.require_alone", lambda *_: None)
+        image = tmp_path / "image.vmdk"
+        text = 'version=1\nCID=1\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
+        image.write_text(f'# Disk DescriptorFile\n{text}RW 2 FLAT "{disk}" 0\n')
+        qemu("qemu-img", "info", "-f", "vmdk", image)
+        assert f"QEMU says: Could not open '{disk}': Permission denied" in str(refusal(image))
 
     @pytest.mark.parametrize("image_format", ["vmdk", "qed"])
     def test_of_parents_are_not_followed_and_not_left_out(self, image_format: str, tmp_path: Path, disk: Path) -> None:
