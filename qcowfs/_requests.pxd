@@ -101,3 +101,5 @@ cdef class QueuedSource(Source):
     cdef bint running
     # Run `work(argument)` as the service thread. It returns soon once queue_failed() is EBADF.
     cdef int serve(self, void (*work)(void*) noexcept nogil, void* argument) except -1
+    # End the thread. A subclass whose thread uses what is its own calls it in its __dealloc__, which comes first.
+    cdef void stop(self) noexcept

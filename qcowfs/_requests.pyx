@@ -76,24 +76,27 @@ cdef class QueuedSource(Source):
             return None
         return {TROUBLE: "trouble", BACK: "back", FAULT: "fault"}[kind], text.decode("utf-8", "replace")
 
+    def fail(self, int error):
+        """Let every read fail with `error`, an errno, those that wait and those to come."""
+        queue_fail(&self.queue, error)
+
     def close(self):
         """Let every read fail that waits, and end the thread."""
-        if not self.ready:
-            return
+        if self.ready:
+            self.stop()
+            end_news(&self.queue)
+
+    cdef void stop(self) noexcept:
         with nogil:
             queue_fail(&self.queue, EBADF)
             if self.running:
                 thread_stop(&self.thread)
-            end_news(&self.queue)
         self.running = False
 
     def __dealloc__(self):
         if not self.ready:
             return
-        if self.running:
-            with nogil:
-                queue_fail(&self.queue, EBADF)
-                thread_stop(&self.thread)
+        self.stop()
         c_close(self.queue.wakeup)
         pthread_cond_destroy(&self.queue.told)
         pthread_mutex_destroy(&self.queue.mutex)
@@ -321,7 +324,8 @@ cdef void queue_woken(queue_t* queue) noexcept nogil:
 cdef void queue_fail(queue_t* queue, int error) noexcept nogil:
     cdef request_t* request
     pthread_mutex_lock(&queue.mutex)
-    queue.error = error
+    if queue.error != EBADF:  # the thread waits for that one to end
+        queue.error = error
     while queue.waiting.first != NULL:
         request = queue.waiting.first
         remove(&queue.waiting, request)
