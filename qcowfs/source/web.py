@@ -80,12 +80,15 @@ class Web:
         """Break all connections, also those that somebody waits at."""
         with self._lock:
             self._closed = True
-            connections = [*self._busy, *(one for idle in self._idle.values() for one in idle)]
+            busy = list(self._busy)
+            idle = [connection for connections in self._idle.values() for connection in connections]
             self._idle.clear()
-        for connection in connections:
+        for connection in busy:  # closing it would give the number of its descriptor away while it is waited at
             if (plain := connection.sock) is not None:
                 with contextlib.suppress(OSError):
                     plain.shutdown(socket.SHUT_RDWR)
+        for connection in idle:
+            connection.close()
 
     def _follow(self, place: Place, start: int, length: int, held: Content | None, deadline: float) -> Answer:
         for _ in range(limits.MAX_REDIRECTS + 1):
@@ -109,14 +112,14 @@ class Web:
         connection = self._take(place)
         kept = False
         try:
-            response = self._respond(connection, place, headers, deadline)
-            if response.status in _REDIRECTIONS:
-                return _redirected(place, response.headers.get("Location"))
-            if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-                raise _refusal(response, held)
-            answer = _answer(response, start, length, deadline)
-            kept = not response.will_close
-            return answer
+            with self._respond(connection, place, headers, deadline) as response:
+                if response.status in _REDIRECTIONS:
+                    return _redirected(place, response.headers.get("Location"))
+                if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+                    raise _refusal(response, held)
+                answer = _answer(response, start, length, deadline)
+                kept = not response.will_close
+                return answer
         except (OSError, http.client.HTTPException) as error:
             raise _translated(error, place) from None
         finally:

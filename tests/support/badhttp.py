@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 __all__ = ["Answer", "BadServer", "Request", "serve"]
 
+_PIECE = 1 << 16  # bytes that are written, and counted, at once
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -58,6 +59,7 @@ class BadServer:
         answers: how the next requests are answered; the last one stays for all that follow.
         requests: what was asked for, in order.
         peak: the most requests that were being answered at once.
+        sent: bytes of bodies that were written, of one request at a time.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -67,6 +69,7 @@ class BadServer:
         self.answers = [Answer()]
         self.requests: list[Request] = []
         self.peak = 0
+        self.sent = 0
         self.port = 0
         self._busy = 0
         self._lock = threading.Lock()
@@ -165,7 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
         return 206, sent | {"Content-Range": f"bytes {first}-{last}/{len(content)}"}, content[first : last + 1]
 
     def _send(self, body: bytes, answer: Answer) -> None:
-        self.wfile.write(body if answer.reset is None else body[: answer.reset])
+        whole = memoryview(body if answer.reset is None else body[: answer.reset])
+        for start in range(0, len(whole), _PIECE):
+            self.wfile.write(whole[start : start + _PIECE])
+            self.server_of_bad_answers.sent += len(whole[start : start + _PIECE])
         if answer.reset is not None:
             # Closing with this option set sends a reset, not an end.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
