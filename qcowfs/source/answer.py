@@ -31,7 +31,7 @@ class Content:
 
     @property
     def condition(self) -> str | None:
-        """What If-Match may say: a server compares there strongly, so that a weak tag never matches (RFC 9110, 13.1.1)."""
+        """What If-Match may say: the comparison there is strong, and a weak tag never matches (RFC 9110, 13.1.1)."""
         return None if self.etag is None or self.etag.startswith("W/") else self.etag
 
     @property

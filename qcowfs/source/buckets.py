@@ -32,7 +32,7 @@ __all__ = ["open_bucket"]
 _PIECE = 1 << 20  # bytes; the library joins what comes until there are so many
 _STATUS = re.compile(r"status code: (\d{3})\b", re.ASCII)
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>", re.ASCII)
-_KIND = re.compile(r"\bkind: (Connect|Timeout|Interrupted|Request)\b")
+_KIND = re.compile(r"\bkind: (Connect|Timeout|Interrupted|Request|Decode)\b")
 _LIE = re.compile(r"\b(UnexpectedRange|NoContentRange|ParseContentRange|MissingContentLength|InvalidLastModified)\b")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _EPOCH = 0.0  # what the library puts where the server sent no date
@@ -88,7 +88,7 @@ class Bucket:
 
     def get(self, start: int, length: int, held: Content | None, deadline: float) -> Answer:
         """Ask once (see Transport)."""
-        options: dict[str, Any] = {"range": (start, start + length)}
+        options: Any = {"range": (start, start + length)}
         if held is not None and held.condition is not None:
             options["if_match"] = held.condition
         try:
@@ -160,6 +160,8 @@ def _without_status(text: str, scheme: str) -> Failure:
         return Temporary("the server does not answer")
     if kind == "Interrupted":
         return Temporary("the connection broke off")
+    if kind == "Decode":
+        return Temporary("what the server answered cannot be understood")
     if kind == "Connect":
         return Temporary("cannot connect to the server", unreachable=True)
     return Temporary("the request failed before there was an answer", unreachable=True, hint=_CREDENTIALS[scheme])

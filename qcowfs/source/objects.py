@@ -51,7 +51,9 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         error.errno = failure.errno
         raise error from None  # the library's own words may hold a signature
     if content.version is None:
-        logger.warning("%s: the server names no version of it: a change is noticed by its size or not at all", url.shown)
+        logger.warning(
+            "%s: the server names no version of it: a change is noticed by its size or not at all", url.shown
+        )
     source = _ObjectSource(url.shown, content, requester, transport.place)
     modified_ns = None if content.modified is None else int(content.modified) * 10**9
     return Remote(source=source, version=content.version, modified_ns=modified_ns)

@@ -116,7 +116,7 @@ class Requester:
         job.done.release()
 
     def _ask(self, job: _Job) -> Answer:
-        """Ask until there is an answer, pausing longer each time, and a while at random so that not all ask together."""
+        """Ask until there is an answer, pausing longer each time; partly at random, so that not all ask together."""
         for attempt in itertools.count():
             if self._closed.is_set() or time.monotonic() >= job.deadline:
                 break

@@ -10,7 +10,7 @@ import http.client
 import ssl
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 __all__ = ["Place", "Proxies", "parse_place"]
 
@@ -94,7 +94,7 @@ class Proxies:
 
     def _proxy(self, place: Place) -> Place | None:
         proxy = self._named.get(place.scheme) or self._named.get("all")
-        return None if proxy is None or proxy_bypass_environment(place.host) else proxy
+        return None if proxy is None or proxy_bypass(place.host) else proxy
 
 
 def parse_proxy(text: str) -> Place | None:
