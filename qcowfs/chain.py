@@ -7,22 +7,24 @@ layer names is opened by the gate alone. A Chain is immutable but for `close`; a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 
 from qcowfs import filename, limits, qcow1, raw
 from qcowfs._source import Source
-from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage, printable
+from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage, UsageError, printable
 from qcowfs.filename import FORMATS, FileName
 from qcowfs.gate import Gate, Policy
+from qcowfs.layer import Layer
 from qcowfs.qcow2 import header as qcow2
 from qcowfs.qcow2.snapshots import SnapshotEntry, read_snapshots
-from qcowfs.source.file import File, open_file
+from qcowfs.source.file import File, open_file, remote_file
 from qcowfs.source.lock import LocksUnsupported, hold_reader_locks, writer_present
+from qcowfs.source.remote import DEFAULT_SETTINGS, RemoteSettings
+from qcowfs.source.url import Url, is_url, parse_url
 
-__all__ = ["FORMATS", "Chain", "Layer", "open_chain"]
+__all__ = ["FORMATS", "Chain", "Layer", "open_chain", "shown_name"]
 
 Header = qcow2.Header | qcow1.Header
 Snapshots = tuple[SnapshotEntry, ...]
@@ -30,40 +32,6 @@ Snapshots = tuple[SnapshotEntry, ...]
 ATTEMPTS = 4  # to read tables that move; a machine that makes snapshots without a break is not to be caught
 SUPPORTED = "qcow2, qcow and raw are supported"
 RAW_ALIASES = ("file", "host_device")  # protocol drivers recorded as a format by old tools: bytes as they are
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One opened image of a chain.
-
-    Attributes:
-        depth: 0 for the image on the command line.
-        path: the absolute name that it was opened by, symbolic links and all.
-        format: "qcow2", "qcow" or "raw".
-        source: its bytes; `data` is where standard clusters are: the same, or the external data file.
-        header: None for raw.
-        virtual_size, disk_size: bytes of its active disk; bytes that its files take on the host.
-        modified_ns: when the file was last written, nanoseconds since the epoch.
-        backing_name, backing_format: as stored; None where there is none.
-        written_by_other: another process has it open for writing.
-        file_id: tells whether two layers are the same file.
-    """
-
-    depth: int
-    path: str
-    format: str
-    source: Source
-    data: Source
-    data_path: str | None
-    header: Header | None
-    snapshots: Snapshots
-    virtual_size: int
-    disk_size: int
-    modified_ns: int
-    backing_name: bytes | None
-    backing_format: bytes | None
-    written_by_other: bool
-    file_id: tuple[int, int]
 
 
 class Chain:
@@ -83,7 +51,7 @@ class Chain:
     def close(self) -> None:
         """Close all files, and let go of their locks. Disks of the chain must not be read afterwards."""
         for layer in self.layers:
-            _close(layer)
+            layer.close()
 
     def __enter__(self) -> Chain:
         return self
@@ -94,35 +62,56 @@ class Chain:
         self.close()
 
 
-def open_chain(image: str, policy: Policy, *, lock: bool = True, image_format: str | None = None) -> Chain:
+def open_chain(
+    image: str,
+    policy: Policy,
+    *,
+    lock: bool = True,
+    image_format: str | None = None,
+    remote: RemoteSettings = DEFAULT_SETTINGS,
+) -> Chain:
     """Open `image` and all that it is based on.
 
     Args:
-        image: a path, the person's own word.
+        image: a path or a URL, the person's own word.
         policy: which files that images name may be opened.
         lock: hold the lock bytes of a QEMU reader, so that nobody changes the image meanwhile.
         image_format: the format of `image`; None: find out.
+        remote: how servers are asked.
 
     Raises:
+        UsageError: `image` is a URL that makes no sense.
         ImageError: some layer cannot be opened, read or allowed; nothing stays open.
     """
-    opener = _Opener(policy, lock=lock)
+    opener = _Opener(policy, remote, lock=lock)
     try:
         opener.open_all(image, image_format)
     except BaseException:
         opener.close()
         raise
-    return Chain(image, tuple(opener.layers), tuple(opener.warnings))
+    return Chain(shown_name(image), tuple(opener.layers), tuple(opener.warnings))
+
+
+def shown_name(image: str) -> str:
+    """Return how a person's word for an image may be shown: a URL without its secrets, a path as it is."""
+    return _person_url(image).shown if is_url(image) else image
+
+
+def _person_url(text: str) -> Url:
+    try:
+        return parse_url(text)
+    except ValueError as error:
+        raise UsageError(f"{printable(text.partition('://')[0])}://...: {error}") from error
 
 
 class _Opener:
     """Opens layer after layer; what it holds is closed by `close` if anything fails."""
 
-    def __init__(self, policy: Policy, *, lock: bool) -> None:
-        self._gate = Gate(policy)
+    def __init__(self, policy: Policy, remote: RemoteSettings, *, lock: bool) -> None:
+        self._gate = Gate(policy, remote)
         self._lock = lock
         self._loose: list[File] = []  # opened, and not part of a layer yet
-        self._seen: dict[tuple[int, int], Layer] = {}  # files that were opened as qcow2 or qcow
+        self._seen: dict[Hashable, Layer] = {}  # files that were opened as qcow2 or qcow
         self.layers: list[Layer] = []
         self.warnings: list[str] = []
 
@@ -130,10 +119,10 @@ class _Opener:
         for file in self._loose:
             file.close()
         for layer in self.layers:
-            _close(layer)
+            layer.close()
 
     def open_all(self, image: str, image_format: str | None) -> None:
-        file = self._opened(self._gate.open_image(image), next(_absolute(image), image))
+        file = self._open_image(image)
         self._add_layer(file, image_format or self._probe_image(file))
         while self.layers[-1].backing_name is not None:
             if len(self.layers) == limits.MAX_CHAIN_DEPTH:
@@ -141,17 +130,25 @@ class _Opener:
                 raise UnsupportedImage(self.layers[0].path, "its chain is too deep", why)
             self._add_backing(self.layers[-1], self.layers[-1].backing_name)
 
+    def _open_image(self, image: str) -> File:
+        if is_url(image):
+            url = _person_url(image)
+            return self._held(remote_file(self._gate.open_image_url(url), url))
+        return self._held(open_file(self._gate.open_image(image), next(_absolute(image), image)))
+
     def _add_backing(self, overlay: Layer, name: bytes) -> None:
         said = filename.parse(name, overlay.path)
         image_format = _recorded_format(overlay) or said.format
         if (said.offset or said.size is not None) and image_format != "raw":
             why = "offset and size need the format raw"
             raise UnsupportedImage(overlay.path, "its json: name is not supported", why)
-        file = self._open_named(overlay.path, said, "backing file")
+        file = self._open_named(overlay, said, "backing file")
         if image_format is None:
             self._gate.distrust(file.path)
             image_format = self._probe_backing(overlay, file)
-        else:
+        elif file.url:
+            self._gate.vouch_for_url(file.url)
+        elif file.descriptor is not None:
             self._gate.vouch(file.descriptor)
         self._require_progress(overlay, file, image_format)
         self._add_layer(file, image_format, alone=said.alone)
@@ -180,6 +177,7 @@ class _Opener:
         return Layer(
             depth=len(self.layers),
             path=file.path,
+            url=file.url,
             format=image_format,
             source=file.source,
             data=data.source if data else file.source,
@@ -188,19 +186,26 @@ class _Opener:
             snapshots=snapshots,
             virtual_size=header.virtual_size if header else raw.virtual_size(file.source),
             disk_size=file.disk_size + (data.disk_size if data else 0),
-            modified_ns=file.status.st_mtime_ns,
+            modified_ns=file.modified_ns,
             backing_name=header.backing_name if header and not alone else None,
             backing_format=header.backing_format if isinstance(header, qcow2.Header) else None,
             written_by_other=written,
             file_id=file.identity,
         )
 
-    def _open_named(self, by: str, said: FileName, role: str) -> File:
+    def _open_named(self, by: File | Layer, said: FileName, role: str) -> File:
+        url = said.url or (by.url and not said.path.startswith("/") and by.url.beside(said.path))
+        if url:
+            remote = self._gate.open_named_url(url, named_by=by.path, role=role)
+            return self._held(remote_file(remote, url, offset=said.offset, size=said.size))
+        return self._open_named_file(by.path, said, role)
+
+    def _open_named_file(self, by: str, said: FileName, role: str) -> File:
         tried = _candidates(by, said)
         path = next((candidate for candidate in tried if os.path.lexists(candidate)), tried[0])
         self._warn_if_qemu_differs(by, said, path)
         descriptor = self._gate.open_named_file(path, named_by=by, role=role)
-        return self._opened(descriptor, path, said)
+        return self._held(open_file(descriptor, path, offset=said.offset, size=said.size))
 
     def _warn_if_qemu_differs(self, by: str, said: FileName, path: str) -> None:
         """A file of that name in the working directory is what QEMU, started here, would take."""
@@ -209,9 +214,7 @@ class _Opener:
             names = f"{printable(said.path)}: {printable(path)} is taken, QEMU would take {printable(here)}"
             self.warnings.append(f"{printable(by)}: names {names} when it is started here")
 
-    def _opened(self, descriptor: int, path: str, said: FileName | None = None) -> File:
-        window = (said.offset, said.size) if said else (0, None)
-        file = open_file(descriptor, path, offset=window[0], size=window[1])
+    def _held(self, file: File) -> File:
         self._loose.append(file)
         return file
 
@@ -225,7 +228,7 @@ class _Opener:
             raise CorruptImage(file.path, "a raw external data file", "with a backing file, which excludes it")
         if header.data_file_name is None:
             raise CorruptImage(file.path, "its external data file has no name", "a header extension was expected")
-        return self._open_named(file.path, filename.parse_data_file_name(header.data_file_name, file.path), "data file")
+        return self._open_named(file, filename.parse_data_file_name(header.data_file_name, file.path), "data file")
 
     def _probe_image(self, file: File) -> str:
         data = file.start(raw.PROBE_LENGTH)
@@ -246,12 +249,16 @@ class _Opener:
         return found
 
     def _written_by_other(self, file: File) -> bool:
+        path = printable(file.path)
+        if file.descriptor is None:
+            if not file.versioned:
+                self.warnings.append(f"{path}: its server has no locks: nobody can tell whether it is being written")
+            return False
         try:
             if self._lock:
                 return not hold_reader_locks(file.descriptor)
             return writer_present(file.descriptor)
         except LocksUnsupported:
-            path = printable(file.path)
             self.warnings.append(f"{path}: its file system has no locks: nobody can tell whether it is being written")
         except OSError as error:
             raise SourceError.from_oserror(file.path, "cannot lock", error) from error
@@ -337,9 +344,3 @@ def _magic_format(file: File, data: bytes) -> str | None:
     if not data.startswith(qcow2.MAGIC):
         return None
     return "qcow" if data.startswith(qcow1.MAGIC) else "qcow2"
-
-
-def _close(layer: Layer) -> None:
-    for source in (layer.source, layer.data):
-        with suppress(OSError):
-            source.close()

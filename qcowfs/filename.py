@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qcowfs import jsonname, limits
+from qcowfs import jsonname, limits, remotename
 from qcowfs.errors import CorruptImage, UnsupportedImage, printable
+from qcowfs.source.remote import SCHEMES
+from qcowfs.source.url import Url, is_url, parse_url
 
 __all__ = ["FORMATS", "FileName", "parse", "parse_data_file_name"]
 
@@ -27,7 +29,8 @@ class FileName:
     """What a name says.
 
     Attributes:
-        path: a local path as written, relative or absolute, never empty.
+        path: a local path as written, relative or absolute; empty if it is a URL.
+        url: where it is on a server, None if it is a path.
         relative_to_image: False for names that QEMU resolves against the working directory.
         format: the driver that a json: name asks for, None if it asks for none.
         offset, size: the window of the raw driver, in bytes; size None: up to the end.
@@ -35,6 +38,7 @@ class FileName:
     """
 
     path: str
+    url: Url | None = None
     relative_to_image: bool = True
     format: str | None = None
     offset: int = 0
@@ -55,25 +59,27 @@ def parse(name: bytes, image: str) -> FileName:
     protocol = _protocol(text)
     if protocol is None:
         return FileName(path=text)
-    if protocol not in LOCAL_PROTOCOLS:
-        raise _unsupported(text, f"the protocol {printable(protocol)} is not supported yet", image)
-    return FileName(path=_text(name.partition(b":")[2], image), relative_to_image=False)
+    if protocol in LOCAL_PROTOCOLS:
+        return FileName(path=_text(name.partition(b":")[2], image), relative_to_image=False)
+    return _from_url(remotename.from_legacy(text) or text, image)
 
 
 def parse_data_file_name(name: bytes, image: str) -> FileName:
-    """Return what the name of an external data file, found in `image`, says: a path, and nothing else.
+    """Return what the name of an external data file, found in `image`, says: a path, or a URL.
 
-    QEMU once took protocols and json: here as well, and one could name any file (CVE-2024-4467). Since then it takes
-    such a name for a path. Here it is refused: nobody has a data file called "json:{...}" in good faith.
+    QEMU once took json: here as well, and one could name any file (CVE-2024-4467). Since then it takes such a name for
+    a path. Here it is refused: nobody has a data file called "json:{...}" in good faith. URLs go through the gate.
 
     Raises:
-        UnsupportedImage: it is more than a path.
+        UnsupportedImage: it is neither.
         CorruptImage: it cannot be a name at all.
     """
     text = _text(name, image)
-    if _protocol(text) is not None:
-        raise _unsupported(text, "a data file has a plain name, without a protocol", image)
-    return FileName(path=text, relative_to_image=False)
+    if _protocol(text) is None:
+        return FileName(path=text, relative_to_image=False)
+    if not is_url(text) or _protocol(text) in LOCAL_PROTOCOLS:
+        raise _unsupported(text, "a data file has a plain name or a URL", image)
+    return _from_url(text, image)
 
 
 def _text(name: bytes, image: str) -> str:
@@ -88,8 +94,20 @@ def _protocol(text: str) -> str | None:
     return before if colon and "/" not in before else None
 
 
+def _from_url(text: str, image: str) -> FileName:
+    try:
+        url = parse_url(text) if is_url(text) else None
+    except ValueError as error:
+        raise CorruptImage(image, "bad URL in the image", str(error)) from error
+    if url is None or url.scheme not in SCHEMES:
+        protocol = printable(text.partition(":")[0])
+        raise _unsupported(text, f"the protocol {protocol} is not supported", image)
+    return FileName(path="", url=url, relative_to_image=False)
+
+
 def _unsupported(text: str, why: str, image: str) -> UnsupportedImage:
-    shown = re.sub(r"//[^/@]*@", "//...@", text)  # a password in a URL does not belong into a log
+    # A password in a URL does not belong into a log.
+    shown = parse_url(text).shown if is_url(text) else re.sub(r"//[^/@]*@", "//...@", text)
     return UnsupportedImage(image, f"it names {printable(shown)}", why)
 
 
@@ -114,24 +132,38 @@ class _Options:
 
     def file_name(self) -> FileName:
         driver = self._format()
+        offset, size = (self._number(key) if driver == "raw" else None for key in ("offset", "size"))
+        alone = self._without_backing()
+        where = self._place()
+        if self._left:
+            raise self._refused(f"the option {printable(min(self._left))}")
+        if size is not None and size % SECTOR:
+            raise _bad(f"size is {size}, a multiple of {SECTOR} was expected", self._image)
+        return replace(where, format=driver, offset=offset or 0, size=size, alone=alone)
+
+    def _place(self) -> FileName:
+        """Take the protocol and its options: where the file is."""
         protocol = self._left.pop("file.driver", "file")
+        if protocol in remotename.DRIVERS:
+            options = {key: self._left.pop(key) for key in [*self._left] if key.startswith("file.")}
+            options = {key.removeprefix("file."): value for key, value in options.items()}
+            try:
+                text = remotename.from_options(str(protocol), options)
+            except ValueError as error:
+                raise _bad(printable(str(error)), self._image) from error
+            self._left |= {f"file.{key}": value for key, value in options.items()}
+            return _from_url(text, self._image)
         if protocol not in LOCAL_PROTOCOLS:
             raise self._refused(f"the driver {printable(str(protocol))}")
         path = self._left.pop("file.filename", None)
         if not isinstance(path, str) or not path:
             raise _bad("no file.filename", self._image)
-        offset, size = (self._number(key) if driver == "raw" else None for key in ("offset", "size"))
-        alone = self._without_backing()
-        if self._left:
-            raise self._refused(f"the option {printable(min(self._left))}")
-        if size is not None and size % SECTOR:
-            raise _bad(f"size is {size}, a multiple of {SECTOR} was expected", self._image)
-        return FileName(path=path, relative_to_image=False, format=driver, offset=offset or 0, size=size, alone=alone)
+        return FileName(path=path, relative_to_image=False)
 
     def _format(self) -> str | None:
         """Take the driver. A protocol's driver by itself has no format above it: the bytes as they are."""
         driver = self._left.pop("driver", None)
-        if driver in LOCAL_PROTOCOLS:
+        if driver in (*LOCAL_PROTOCOLS, *remotename.DRIVERS):
             self._left = {f"file.{key}": value for key, value in self._left.items()} | {"file.driver": driver}
             return "raw"
         if driver is not None and driver not in FORMATS:

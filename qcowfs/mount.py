@@ -136,13 +136,6 @@ class Session:
         Raises:
             FuseUnavailable, MountpointError: FUSE refused; nothing is mounted.
         """
-        self._tree.guests.start()  # forks, and there are threads soon
-        try:
-            return self._serve(ready)
-        finally:
-            self._tree.guests.close()
-
-    def _serve(self, ready: Callable[[], None]) -> int:
         import pyfuse3
         import trio
 

@@ -27,7 +27,7 @@ _FLAGS = {
     "norecovery": "norecovery",
     "rw": "rw",
 }
-_VALUES = {"image_format": "image_format", "log_file": "log_file"}
+_VALUES = {word: word for word in ("cache_dir", "cache_dir_size", "image_format", "log_file", "source_timeout")}
 _CHOICES = {"symlinks": ("raw", "contain")}
 _SIZES = {"cache_size": "cache_size"}
 _IDS = ("uid", "gid")
@@ -38,9 +38,10 @@ _SIZE = re.compile(r"(\d{1,12})([KMG]?)(?:iB)?", re.IGNORECASE | re.ASCII)
 LAST_ID = (1 << 32) - 2  # of users and groups; one more means "none" to the kernel
 
 KNOWN = (
-    *("allow_backing=DIR|any", "allow_other", "allow_root", "auto_unmount", "cache_size=SIZE", "gid=N"),
-    *("image_format=FORMAT", "live", "log_file=FILE", "no_data_plane", "no_lock", "nonempty", "norecovery", "ro"),
-    *("symlinks=raw|contain", "uid=N", "umask=OCTAL", "with=IMAGE"),
+    *("allow_backing=DIR|URL|any", "allow_other", "allow_root", "auto_unmount", "cache_dir=DIR", "cache_dir_size=SIZE"),
+    *("cache_size=SIZE", "gid=N", "image_format=FORMAT", "live", "log_file=FILE", "no_data_plane", "no_lock"),
+    *("nonempty", "norecovery", "ro", "source_timeout=SECONDS", "symlinks=raw|contain", "uid=N", "umask=OCTAL"),
+    "with=IMAGE",
 )
 
 # Kernel mount flags and fstab's own words (mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS). A FUSE mount is nosuid
@@ -73,8 +74,8 @@ class MountOptions:
         uid, gid: of all files inside; -1: as stored.
         umask: bits that are taken from the modes of the files and directories inside.
         others: images of further disks of the same volume groups.
-        allow_backing, cache_size, no_data_plane, no_lock, live, image_format, log_file: as the options of `qcowfs
-            mount`.
+        allow_backing, cache_dir, cache_dir_size, cache_size, no_data_plane, no_lock, live, image_format, log_file,
+            source_timeout: as the options of `qcowfs mount`.
     """
 
     allow_other: bool = False
@@ -93,8 +94,11 @@ class MountOptions:
     others: tuple[str, ...] = ()
     allow_backing: tuple[str, ...] = ()
     cache_size: int = limits.DEFAULT_CACHE_SIZE
+    cache_dir: str | None = None
+    cache_dir_size: str | None = None
     image_format: str | None = None
     log_file: str | None = None
+    source_timeout: str | None = None
 
 
 def parse(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from qcowfs import limits
 from qcowfs.errors import UsageError, printable
+from qcowfs.source.url import Url, is_url, parse_url
 
 __all__ = ["Policy", "load_policy"]
 
@@ -30,14 +31,20 @@ class Policy:
     """Attributes:
     allow: real paths: a directory with everything below it, or a single file or block device.
     allow_any: everything that the person may read.
+    allow_urls: an image on a server, or a folder with everything below it.
     """
 
     allow: tuple[str, ...] = ()
     allow_any: bool = False
+    allow_urls: tuple[Url, ...] = ()
 
     def covers(self, place: str) -> bool:
         """Tell whether a person's word allows the real path `place`."""
         return self.allow_any or any(place == word or place.startswith(word.rstrip("/") + "/") for word in self.allow)
+
+    def covers_url(self, url: Url) -> bool:
+        """Tell whether a person's word allows `url`."""
+        return self.allow_any or any(url.is_below(folder) for folder in self.allow_urls)
 
 
 def load_policy(allow_backing: Sequence[str] = (), configuration: Iterable[str] | None = None) -> Policy:
@@ -48,16 +55,25 @@ def load_policy(allow_backing: Sequence[str] = (), configuration: Iterable[str] 
     """
     files = _configuration_files() if configuration is None else configuration
     configured = [word for path in files for word in _configured(path)]
-    allow = [_given(word) for word in allow_backing if word != ANY]
-    allow += [os.path.realpath(word) for word in configured if word != ANY]
-    return Policy(allow=tuple(allow), allow_any=ANY in (*allow_backing, *configured))
+    urls = [_url(word) for word in (*allow_backing, *configured) if is_url(word)]
+    allow = [_given(word) for word in allow_backing if word != ANY and not is_url(word)]
+    allow += [os.path.realpath(word) for word in configured if word != ANY and not is_url(word)]
+    allow_any = ANY in (*allow_backing, *configured)
+    return Policy(allow=tuple(allow), allow_any=allow_any, allow_urls=tuple(urls))
+
+
+def _url(word: str) -> Url:
+    try:
+        return parse_url(word)
+    except ValueError as error:
+        raise UsageError(f"{OPTION} {printable(word)}: {error}") from error
 
 
 def _given(word: str) -> str:
     """Resolve a word of the command line, where a mistake is told at once."""
     resolved = os.path.realpath(os.path.expanduser(word))
     if not os.path.exists(resolved):
-        hint = f"DIR for everything below it, or {ANY} for every file"
+        hint = f"DIR or URL for everything below it, or {ANY} for every file"
         raise UsageError(f"{OPTION} {printable(word)}: not a directory, a file or a block device", hint=hint)
     return resolved
 
@@ -70,16 +86,20 @@ def _configuration_files() -> tuple[str, ...]:
 
 
 def _configured(path: str) -> Iterator[str]:
-    """Yield the words of a configuration file: absolute paths, which need not exist today, or ANY."""
+    """Yield the words of a configuration file: absolute paths, which need not exist today, URLs, or ANY."""
     try:
         parser = _parsed(_read(path))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return  # another user's home, say; without it less is allowed, never more
     except (OSError, configparser.Error, ValueError) as error:
         raise _unusable(path, str(error).splitlines()[0]) from error
-    for word in parser.get(SECTION, KEY, fallback="").replace("\n", ":").split(":"):
+    lines = [line.strip() for line in parser.get(SECTION, KEY, fallback="").splitlines()]
+    for word in [word for line in lines for word in ([line] if is_url(line) else line.split(":"))]:
         expanded = os.path.expanduser(word.strip())
         if not expanded:
+            continue
+        if is_url(expanded):
+            yield expanded
             continue
         if (expanded != ANY and not expanded.startswith("/")) or "\0" in expanded:
             raise _unusable(path, f"{word.strip()}: an absolute path, ~ or {ANY} was expected")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -93,7 +92,7 @@ def _point(name: str, point: Point, sizes: Sizes) -> dict[str, Any]:
         "path": name + SUFFIX,
         "kind": point.kind,
         "depth": point.depth,
-        "layer": output.path_text(os.path.basename(point.layer.path)),
+        "layer": output.path_text(point.layer.name),
         **output.image_text("snapshot_id", point.snapshot_id),
         **output.image_text("snapshot_name", point.snapshot_name),
         "virtual_size": point.virtual_size,
@@ -111,5 +110,5 @@ def _row(name: str, point: Point, sizes: Sizes) -> list[str]:
         output.human_size(point.virtual_size),
         output.human_size(sizes.own(point)),
         output.human_size(point.vm_state_size) if point.vm_state_size else "-",
-        printable(os.path.basename(point.layer.path)),
+        printable(point.layer.name),
     ]

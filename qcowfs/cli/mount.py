@@ -9,18 +9,21 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import qcowfs.cli
 from qcowfs import daemon, mountoptions, mountpoint, snapshot
-from qcowfs.chain import Chain
+from qcowfs.chain import Chain, shown_name
 from qcowfs.cli import options as image_options
 from qcowfs.errors import FuseUnavailable, UsageError, printable
+from qcowfs.inside.trees import Trees
 from qcowfs.limits import DEFAULT_CACHE_SIZE
 from qcowfs.mount import Session, check_fuse, notify_systemd
 from qcowfs.mountoptions import MountOptions
+from qcowfs.source.url import is_url
 from qcowfs.vfs.guest import Presentation
 from qcowfs.vfs.names import SUFFIX
 from qcowfs.vfs.tree import ChainDisks, Tree
@@ -87,7 +90,7 @@ def mount_helper(argv: Sequence[str] | None = None) -> int:
         qcowfs.cli.report(error)
         return MOUNT_USAGE
     # The path is made absolute, so that an image called "list" is not taken for a verb.
-    words = [os.path.abspath(called.image), called.mountpoint, *(f"-o{text}" for text in called.mount_options)]
+    words = [_absolute(called.image), called.mountpoint, *(f"-o{text}" for text in called.mount_options)]
     words += [f"--{word}" for word in ("fake", "sloppy") if getattr(called, word)]
     return MOUNT_CODES.get(qcowfs.cli.main(words), MOUNT_FAILED)
 
@@ -113,32 +116,51 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
     check_fuse(options)
     directory = mountpoint.check(args.mountpoint, nonempty=options.nonempty)
     log = daemon.log_to_file(options.log_file) if options.log_file else None
+    if fake:
+        return _serve(args, options, directory, lambda session, tree: 0)
+    if args.foreground:
+        return _serve(args, options, directory, partial(_serve_here, args, log))
+    daemon.run(partial(_serve_behind, args, options, directory), close=inherited, log=log)
+    return 0
+
+
+def _serve(
+    args: argparse.Namespace, options: MountOptions, directory: str, serve: Callable[[Session, Tree], int]
+) -> int:
+    """Open everything, and call `serve`. Threads of remote sources start here, so this is the process that serves."""
     with ExitStack() as stack:
+        trees = stack.enter_context(Trees(recover=not options.norecovery))  # a fork, so before there are threads
         chain = stack.enter_context(image_options.open_chain(args))
         others = [stack.enter_context(image_options.open_chain(args, other)) for other in options.others]
-        tree = _tree(chain, others, options)
-        session = Session(
-            tree,
-            os.path.abspath(args.image),
-            directory,
-            options,
-            occupied=sum(layer.disk_size for layer in chain.layers),
-            obey_hangup=args.foreground,
-        )
-        if fake:
-            return 0
-        if args.foreground:
-            return _serve_here(session, args, tree, log)
-        daemon.run(session.serve, close=inherited, log=log)
-        _say_mounted(args, tree, f"unmount with: qcowfs umount {printable(args.mountpoint)}")
-    return 0
+        tree = _tree(chain, others, options, trees)
+        occupied = sum(layer.disk_size for layer in chain.layers)
+        image = _absolute(chain.image)
+        return serve(Session(tree, image, directory, options, occupied=occupied, obey_hangup=args.foreground), tree)
+
+
+def _serve_behind(
+    args: argparse.Namespace, options: MountOptions, directory: str, tell_parent: Callable[[], None]
+) -> int:
+    def serve(session: Session, tree: Tree) -> int:
+        def ready() -> None:
+            _say_mounted(args, tree, f"unmount with: qcowfs umount {printable(args.mountpoint)}")
+            tell_parent()
+
+        return session.serve(ready)
+
+    return _serve(args, options, directory, serve)
+
+
+def _absolute(image: str) -> str:
+    return image if is_url(image) else os.path.abspath(image)
 
 
 def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
     """Bring together what the options and what `-o` said; `args` gets what opening the image needs."""
     args.no_lock = args.no_lock or options.no_lock
     args.allow_backing = [*(args.allow_backing or []), *options.allow_backing]
-    args.image_format = args.image_format or options.image_format
+    for word in ("cache_dir", "cache_dir_size", "image_format", "source_timeout"):
+        setattr(args, word, getattr(args, word) or getattr(options, word))
     if args.allow_other and options.allow_root:
         raise UsageError("--allow-other and the mount option allow_root exclude each other")
     return replace(
@@ -153,15 +175,16 @@ def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
     )
 
 
-def _tree(chain: Chain, others: Sequence[Chain], options: MountOptions) -> Tree:
+def _tree(chain: Chain, others: Sequence[Chain], options: MountOptions, trees: Trees) -> Tree:
     """Return the tree of `chain`; the person hears now what it will not show."""
     for layer in (*chain.layers, *(layer for other in others for layer in other.layers)):
         snapshot.require_plain(layer)
     owner = (os.getuid(), os.getgid())
     points = snapshot.points(chain)
     disks = ChainDisks(chain, options.cache_size, others)
-    image, shown = os.path.abspath(chain.image), _presentation(options)
+    image, shown = _absolute(chain.image), _presentation(options)
     tree = Tree(points, disks, image=image, owner=owner, live=options.live, presentation=shown)
+    tree.guests.start(trees)
     if tree.left_out:
         names = ", ".join(name + SUFFIX for name in tree.left_out[:3])
         more = f" and {len(tree.left_out) - 3} more" if len(tree.left_out) > 3 else ""
@@ -180,12 +203,12 @@ def _presentation(options: MountOptions) -> Presentation:
     )
 
 
-def _serve_here(session: Session, args: argparse.Namespace, tree: Tree, log: logging.Handler | None) -> int:
+def _serve_here(args: argparse.Namespace, log: logging.Handler | None, session: Session, tree: Tree) -> int:
     if log is not None:
         logging.getLogger("qcowfs").addHandler(log)
 
     def ready() -> None:
-        notify_systemd(f"READY=1\nSTATUS={len(tree.shown)} points of {printable(args.image)}")
+        notify_systemd(f"READY=1\nSTATUS={len(tree.shown)} points of {printable(shown_name(args.image))}")
         _say_mounted(args, tree, "Ctrl-C unmounts it")
 
     return session.serve(ready)
@@ -194,4 +217,7 @@ def _serve_here(session: Session, args: argparse.Namespace, tree: Tree, log: log
 def _say_mounted(args: argparse.Namespace, tree: Tree, how_to_end: str) -> None:
     if sys.stdout is not None and sys.stdout.isatty():  # None: the caller closed descriptor 1
         count = f"{len(tree.shown)} point{'' if len(tree.shown) == 1 else 's'}"
-        print(f"mounted {printable(args.image)} on {printable(args.mountpoint)} ({count}); {how_to_end}", flush=True)
+        print(
+            f"mounted {printable(shown_name(args.image))} on {printable(args.mountpoint)} ({count}); {how_to_end}",
+            flush=True,
+        )

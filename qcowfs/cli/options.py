@@ -8,9 +8,19 @@ from __future__ import annotations
 import argparse
 import logging
 
-from qcowfs import chain, gate
+from qcowfs import chain, gate, mountoptions
+from qcowfs.errors import UsageError, printable
+from qcowfs.limits import DEFAULT_CACHE_DIRECTORY, DEFAULT_PATIENCE, MAX_PATIENCE, MIN_PATIENCE
+from qcowfs.source.remote import RemoteSettings
 
-__all__ = ["add_image_options", "add_inside_options", "add_json_option", "add_opening_options", "open_chain"]
+__all__ = [
+    "add_image_options",
+    "add_inside_options",
+    "add_json_option",
+    "add_opening_options",
+    "open_chain",
+    "remote_settings",
+]
 
 logger = logging.getLogger("qcowfs")
 
@@ -25,14 +35,32 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
     """Add how an image may be opened."""
     parser.add_argument(
         "--allow-backing",
-        metavar="DIR|any",
+        metavar="DIR|URL|any",
         action="append",
         default=[],
-        help="files that images name may also lie below DIR, or anywhere; may be given more than once",
+        help="what images name may also lie below DIR or URL, or anywhere; may be given more than once",
     )
     parser.add_argument("--image-format", choices=chain.FORMATS, help="the format of IMAGE, instead of finding out")
     parser.add_argument(
         "--no-lock", action="store_true", help="do not keep QEMU from changing the image meanwhile (no lock is taken)"
+    )
+    add_remote_options(parser)
+
+
+def add_remote_options(parser: argparse.ArgumentParser) -> None:
+    """Add how servers are asked, for an image or a backing file that is a URL."""
+    parser.add_argument(
+        "--source-timeout",
+        metavar="SECONDS",
+        help=f"how long a read waits for a server that does not answer (default {DEFAULT_PATIENCE:g})",
+    )
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="keep what was read from servers in DIR, for other mounts too"
+    )
+    parser.add_argument(
+        "--cache-dir-size",
+        metavar="SIZE",
+        help=f"how much is kept there (default {DEFAULT_CACHE_DIRECTORY >> 30}G)",
     )
 
 
@@ -64,7 +92,33 @@ def open_chain(args: argparse.Namespace, other: str | None = None, *, other_form
     """
     policy = gate.load_policy(args.allow_backing)
     image, image_format = (args.image, args.image_format) if other is None else (other, other_format)
-    opened = chain.open_chain(image, policy, lock=not args.no_lock, image_format=image_format)
+    remote = remote_settings(args)
+    opened = chain.open_chain(image, policy, lock=not args.no_lock, image_format=image_format, remote=remote)
     for warning in opened.warnings:
         logger.warning("%s", warning)
     return opened
+
+
+def remote_settings(args: argparse.Namespace) -> RemoteSettings:
+    """Return what `args` say about servers.
+
+    Raises:
+        UsageError: a number makes no sense.
+    """
+    timeout, size = args.source_timeout, args.cache_dir_size
+    return RemoteSettings(
+        patience=DEFAULT_PATIENCE if timeout is None else _seconds(timeout),
+        cache_directory=args.cache_dir,
+        cache_directory_size=DEFAULT_CACHE_DIRECTORY if size is None else mountoptions.cache_size(size),
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not MIN_PATIENCE <= seconds <= MAX_PATIENCE:  # false for NaN, too
+        hint = f"seconds from {MIN_PATIENCE:g} to {MAX_PATIENCE:g} were expected"
+        raise UsageError(f"--source-timeout {printable(text)}: not a time to wait", hint=hint)
+    return seconds

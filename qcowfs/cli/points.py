@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from qcowfs.chain import Chain
 from qcowfs.errors import PointNotFound, printable
 from qcowfs.snapshot import Point, points
+from qcowfs.source.url import is_url
 from qcowfs.vfs import names
 
 __all__ = ["find_named", "find_place", "find_point", "named_points", "split_image"]
@@ -26,8 +27,13 @@ def named_points(chain: Chain) -> list[tuple[str, Point]]:
 def split_image(text: str) -> tuple[str, str | None]:
     """Return IMAGE and POINT of IMAGE:POINT, None for POINT where there is only IMAGE.
 
-    Both may have colons: the longest text before a colon that is the name of a file is IMAGE.
+    Both may have colons: the longest text before a colon that is the name of a file is IMAGE. Of a URL, POINT is what
+    follows a colon in the last component.
     """
+    if is_url(text):
+        folder, slash, last = text.rpartition("/")
+        image, colon, point = last.partition(":")
+        return (folder + slash + image, point) if colon and not folder.endswith("/") else (text, None)
     words = text.split(":")
     images = [":".join(words[:count]) for count in range(len(words), 0, -1)]
     image = next((image for image in images if os.path.lexists(image)), words[0])

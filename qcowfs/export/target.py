@@ -9,7 +9,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from contextlib import suppress
 from types import TracebackType
 
@@ -138,9 +138,9 @@ def private_mode(chain: Chain) -> int:
     return mode | OWNER
 
 
-def files_of(chain: Chain) -> Collection[tuple[int, int]]:
+def files_of(chain: Chain) -> Collection[Hashable]:
     """Return device and inode number of each file that `chain` is in."""
-    found = set()
+    found: set[Hashable] = set()
     for layer in chain.layers:
         found.add(layer.file_id)
         if layer.data_path is not None:

@@ -1,20 +1,27 @@
-"""A file or a block device that was opened: its bytes, and the facts about it.
+"""A file, a block device or an image on a server that was opened: its bytes, and the facts about it.
 
-Used by chain. What may be opened is the gate's business; here a descriptor becomes a source. Immutable but for
-`close`; any thread.
+Used by chain. What may be opened is the gate's business; here a descriptor, or what a protocol's room returned, becomes
+a File. Immutable but for `close`; any thread.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import time
+from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qcowfs._source import FileSource, SliceSource, Source
 from qcowfs.errors import SourceError
 
-__all__ = ["File", "open_file"]
+if TYPE_CHECKING:
+    from qcowfs.source.remote import Remote
+    from qcowfs.source.url import Url
+
+__all__ = ["File", "open_file", "remote_file"]
 
 BLOCK = 512  # the unit of st_blocks
 
@@ -24,37 +31,24 @@ class File:
     """An opened file, or a window of it.
 
     Attributes:
-        path: the absolute name that it was opened by, symbolic links and all.
+        path: the absolute name that it was opened by, symbolic links and all; of a URL what may be shown of it.
+        url: where it is on a server; None: on this machine.
         source: its bytes.
-        descriptor: belongs to `source`.
-        status: of the moment when it was opened.
+        descriptor: belongs to `source`; None if it is on a server.
+        identity: tells whether two names lead to the same bytes: links of both kinds, two nodes of one device.
+        modified_ns: when it was last written, nanoseconds since the epoch; where nobody knows, when it was opened.
+        disk_size: bytes that it takes on the host: a device all of its own, though stat(2) counts no blocks of it.
+        versioned: what replaces it would be noticed.
     """
 
     path: str
+    url: Url | None
     source: Source
-    descriptor: int
-    status: os.stat_result
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Tells whether two names lead to the same bytes: links of both kinds, and two nodes of one device."""
-        if stat.S_ISBLK(self.status.st_mode):
-            return -1, self.status.st_rdev
-        return self.status.st_dev, self.status.st_ino
-
-    @property
-    def disk_size(self) -> int:
-        """Bytes that it takes on the host: a device all of its own, though stat(2) counts no blocks of it.
-
-        Raises:
-            SourceError: the device does not tell its length.
-        """
-        if not stat.S_ISBLK(self.status.st_mode):
-            return self.status.st_blocks * BLOCK
-        try:
-            return self.source.size
-        except OSError as error:
-            raise SourceError.from_oserror(self.path, "cannot tell its length", error) from error
+    descriptor: int | None
+    identity: Hashable
+    modified_ns: int
+    disk_size: int
+    versioned: bool
 
     def start(self, length: int) -> bytes:
         """Return the first `length` bytes, fewer if there are no more.
@@ -81,17 +75,57 @@ def open_file(descriptor: int, path: str, *, offset: int = 0, size: int | None =
         offset, size: the window, in bytes; size None: up to the end.
 
     Raises:
-        SourceError: the window reaches past the end of the file.
+        SourceError: the window reaches past the end of the file, or the device does not tell its length.
     """
-    source: Source = FileSource(descriptor, path)
+    source = FileSource(descriptor, path)
     status = os.fstat(descriptor)
-    if offset or size is not None:
-        try:
-            source = SliceSource(source, offset, size)
-        except ValueError as error:
-            length = source.size
-            source.close()
-            why = f"which reaches past its end at {length:#x}"
-            wanted = f"{offset:#x} to {'the end' if size is None else hex(offset + size)}"
-            raise SourceError(path, f"cannot take the window from {wanted}", why) from error
-    return File(path=path, source=source, descriptor=descriptor, status=status)
+    return File(
+        path=path,
+        url=None,
+        source=_window(source, path, offset, size),
+        descriptor=descriptor,
+        identity=source.place(),
+        modified_ns=status.st_mtime_ns,
+        disk_size=_size(source, path) if stat.S_ISBLK(status.st_mode) else status.st_blocks * BLOCK,
+        versioned=False,
+    )
+
+
+def remote_file(remote: Remote, url: Url, *, offset: int = 0, size: int | None = None) -> File:
+    """Make a File of what was opened on a server; it belongs to the File from now on, also if this fails.
+
+    Raises:
+        SourceError: the window reaches past the end.
+    """
+    source = _window(remote.source, url.shown, offset, size)
+    return File(
+        path=url.shown,
+        url=url,
+        source=source,
+        descriptor=None,
+        identity=remote.source.place(),
+        modified_ns=time.time_ns() if remote.modified_ns is None else remote.modified_ns,
+        disk_size=_size(remote.source, url.shown) if remote.disk_size is None else remote.disk_size,
+        versioned=remote.version is not None,
+    )
+
+
+def _size(source: Source, path: str) -> int:
+    try:
+        return source.size
+    except OSError as error:
+        source.close()
+        raise SourceError.from_oserror(path, "cannot tell its length", error) from error
+
+
+def _window(source: Source, path: str, offset: int, size: int | None) -> Source:
+    if not offset and size is None:
+        return source
+    try:
+        return SliceSource(source, offset, size)
+    except ValueError as error:
+        length = source.size
+        source.close()
+        why = f"which reaches past its end at {length:#x}"
+        wanted = f"{offset:#x} to {'the end' if size is None else hex(offset + size)}"
+        raise SourceError(path, f"cannot take the window from {wanted}", why) from error

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qcowfs._source import Source
     from qcowfs.source.url import Url
 
-__all__ = ["SCHEMES", "Remote", "RemoteSettings", "open_remote"]
+__all__ = ["DEFAULT_SETTINGS", "SCHEMES", "Remote", "RemoteSettings", "open_remote"]
 
 # The room of each scheme, in this folder.
 SCHEMES = {
@@ -51,6 +51,9 @@ class RemoteSettings:
     patience: float = limits.DEFAULT_PATIENCE
     cache_directory: str | None = None
     cache_directory_size: int = limits.DEFAULT_CACHE_DIRECTORY
+
+
+DEFAULT_SETTINGS = RemoteSettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

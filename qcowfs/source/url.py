@@ -13,6 +13,8 @@ __all__ = ["Url", "is_url", "parse_url"]
 
 # QEMU takes what stands before the first colon for a protocol (path_has_protocol); "scheme://" is what people write.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+# Parsers differ in what they make of these: the URL that is judged must be the one that is opened.
+_UNSURE = re.compile(r"[\x00-\x20\x7f\\]")
 _PASSWORD = re.compile(r"[^/@]*@")
 _PUBLIC_QUERY = frozenset(("socket",))  # other words of a query may be keys and signatures
 
@@ -92,5 +94,7 @@ def parse_url(text: str) -> Url:
     """
     if not is_url(text):
         raise ValueError("not a URL")
+    if _UNSURE.search(text):
+        raise ValueError("a URL with a space, a backslash or a control character")
     parts = urlsplit(text)
     return Url(text, parts.scheme.lower(), parts.netloc, parts.path, parts.query)

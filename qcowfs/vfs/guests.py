@@ -1,6 +1,6 @@
 """The trees of one mount: what they share, and how one is made.
 
-Used by vfs/folder.py, which asks for the tree of a volume, and by mount.py, which starts and ends what they need.
+Used by vfs/folder.py, which asks for the tree of a volume, and by cli/mount.py, which gives them their workers.
 """
 
 from __future__ import annotations
@@ -44,16 +44,9 @@ class Guests:
         self._trees: Trees | None = None
         self._told: set[tuple[bytes, str]] = set()  # volumes' names, and why they have no directory
 
-    def start(self) -> None:
-        """Start what starts the trees' workers: a fork, so in the main thread and before there are others."""
-        from qcowfs.inside.trees import Trees
-
-        self._trees = Trees(recover=self._presentation.recover)
-
-    def close(self) -> None:
-        """End all workers."""
-        if self._trees is not None:
-            self._trees.close()
+    def start(self, trees: Trees) -> None:
+        """From now on there are trees: `trees` has their workers, and belongs to the caller."""
+        self._trees = trees
 
     def retire(self) -> None:
         """End the workers that nobody asked anything for a while."""

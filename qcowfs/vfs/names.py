@@ -80,13 +80,13 @@ def _escaped(character: str) -> str:
 
 def _layer_stems(points: Iterable[Point]) -> dict[int, bytes]:
     """Map a backing layer's depth to the stem of its file name; equal stems get the depth added."""
-    stems = {point.depth: _stem(point.layer.path) for point in points if point.depth > 0}
+    stems = {point.depth: _stem(point.layer.name) for point in points if point.depth > 0}
     count = Counter(stems.values())
     return {depth: b"%s#layer%d" % (stem, depth) if count[stem] > 1 else stem for depth, stem in stems.items()}
 
 
-def _stem(path: str) -> bytes:
-    return os.path.splitext(os.path.basename(os.fsencode(path)))[0]
+def _stem(name: str) -> bytes:
+    return os.path.splitext(os.fsencode(name))[0]
 
 
 def _wish(point: Point, stems: dict[int, bytes]) -> _Wish:

@@ -29,7 +29,7 @@ def of_point(point: Point) -> dict[bytes, bytes]:
         "kind": point.kind,
         "id": point.snapshot_id,
         "name": point.snapshot_name,
-        "layer": os.fsencode(os.path.basename(point.layer.path)),
+        "layer": os.fsencode(point.layer.name),
         "depth": point.depth,
         "format": point.layer.format,
         "date": _date(point.date_ns),

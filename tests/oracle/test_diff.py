@@ -315,6 +315,20 @@ def test_the_longest_name_of_a_file_is_the_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "image", "point"),
+    [
+        ("https://h:443/a.qcow2", "https://h:443/a.qcow2", None),
+        ("https://h:443/a.qcow2:monday", "https://h:443/a.qcow2", "monday"),
+        ("iscsi://h/iqn.2026-11.x:y/1", "iscsi://h/iqn.2026-11.x:y/1", None),
+        ("iscsi://h/iqn.2026-11.x:y/1:data@a:b", "iscsi://h/iqn.2026-11.x:y/1", "data@a:b"),
+        ("nbd://h:10809", "nbd://h:10809", None),
+    ],
+)
+def test_the_point_of_a_url_is_in_its_last_component(text: str, image: str, point: str | None) -> None:
+    assert (image, point) == split_image(text)
+
+
+@pytest.mark.parametrize(
     ("words", "code", "said"),
     [
         (["image.qcow2", "a", "missing"], PointNotFound.exit_code, "no point missing"),

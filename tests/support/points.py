@@ -17,7 +17,7 @@ SECOND = 1_000_000_000
 
 def layer(depth: int = 0, path: str = "/images/top.qcow2", file_format: str = "qcow2") -> Any:
     """Return what names and trees look at of a Layer."""
-    return SimpleNamespace(depth=depth, path=path, format=file_format, source=None)
+    return SimpleNamespace(depth=depth, path=path, name=path.rpartition("/")[2], format=file_format, source=None)
 
 
 def entry(name: bytes, identity: bytes, ordinal: int = 0, **facts: int) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from qcowfs import limits
 from qcowfs.errors import CorruptImage, QcowfsError, UnsupportedImage
-from qcowfs.filename import FileName, parse
+from qcowfs.filename import FileName, parse, parse_data_file_name
 
 IMAGE = "/images/top.qcow2"
 
@@ -26,9 +26,7 @@ def test_r41_r42_a_name_without_a_protocol_is_a_path_as_it_stands(name: str) -> 
     assert FileName(path=name) == parse(name.encode(), IMAGE)
 
 
-@pytest.mark.parametrize(
-    "name", [b"a:b.qcow2", b"nbd://host/x", b"nbd:unix:/run/x", b"https://h/x", b"rbd:pool/x", b":x"]
-)
+@pytest.mark.parametrize("name", [b"a:b.qcow2", b"ftp://host/x", b"nbd:unix:", b"nbd:host", b"rbd:pool/x", b":x"])
 def test_r42_r43_what_stands_before_the_first_colon_is_a_protocol(name: bytes) -> None:
     with pytest.raises(UnsupportedImage, match=r"the protocol .* is not supported") as caught:
         parse(name, IMAGE)
@@ -140,7 +138,7 @@ def test_r44_only_the_raw_driver_has_a_window(key: str, driver: str | None) -> N
         parse_json({"file.filename": "x", key: 512} | ({"driver": driver} if driver else {}))
 
 
-@pytest.mark.parametrize("driver", ["vmdk", "nbd", "https", "null-co", "fat", "RAW", "", 1, ["raw"], False])
+@pytest.mark.parametrize("driver", ["vmdk", "rbd", "ftp", "null-co", "fat", "RAW", "", 1, ["raw"], False])
 def test_r44_unknown_drivers_are_refused(driver: Any) -> None:
     with pytest.raises(UnsupportedImage, match=r"the driver .* is not among those that are known"):
         parse_json({"driver": driver, "file.filename": "x"})
@@ -242,3 +240,83 @@ def test_no_message_carries_raw_bytes_to_the_terminal(name: bytes) -> None:
         parse(name, IMAGE)
 
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("https://h/x.qcow2", "https://h/x.qcow2"),
+        ("iscsi://h:3260/iqn.2026-11.x:y/1", "iscsi://h:3260/iqn.2026-11.x:y/1"),
+        ("nbd:host:10809", "nbd://host:10809/"),
+        ("nbd:[::1]:10809:exportname=a b", "nbd://[::1]:10809/a%20b"),
+        ("nbd:unix:/run/x.sock:exportname=disk", "nbd+unix:///disk?socket=/run/x.sock"),
+    ],
+)
+def test_names_on_servers_are_urls(name: str, url: str) -> None:
+    found = parse(name.encode(), IMAGE)
+
+    assert ("", url, False) == (found.path, found.url and found.url.text, found.relative_to_image)
+
+
+@pytest.mark.parametrize(
+    ("server", "url"),
+    [
+        ({"driver": "nbd", "server.type": "unix", "server.path": "/s", "export": "e"}, "nbd+unix:///e?socket=/s"),
+        ({"driver": "nbd", "server": {"type": "inet", "host": "::1", "port": "7"}}, "nbd://[::1]:7/"),
+        ({"driver": "nbd", "host": "h", "port": 10809, "export": "e"}, "nbd://h:10809/e"),
+        ({"driver": "nbd", "path": "/s"}, "nbd+unix:///?socket=/s"),
+        ({"driver": "https", "url": "https://h/x", "readahead": 1, "timeout": 5}, "https://h/x"),
+        (
+            {"driver": "iscsi", "transport": "tcp", "portal": "h:3260", "target": "iqn.x", "lun": 2, "user": "u"},
+            "iscsi://u@h:3260/iqn.x/2",
+        ),
+        ({"driver": "iscsi", "portal": "h", "target": "iqn.x"}, "iscsi://h/iqn.x/0"),
+    ],
+)
+def test_r44_network_drivers_are_urls_with_a_format_or_alone(server: dict[str, Any], url: str) -> None:
+    above = parse_json({"driver": "qcow2", "file": server})
+    alone = parse_json(server)
+
+    assert ("qcow2", url) == (above.format, above.url and above.url.text)
+    assert ("raw", url) == (alone.format, alone.url and alone.url.text)
+
+
+@pytest.mark.parametrize(
+    ("server", "why"),
+    [
+        ({"driver": "nbd"}, "an NBD server of the type None"),
+        ({"driver": "nbd", "server.type": "vsock", "server.cid": 3}, "an NBD server of the type vsock"),
+        ({"driver": "nbd", "server.type": "unix"}, "no server.path"),
+        ({"driver": "iscsi", "portal": "h"}, "no target"),
+        ({"driver": "iscsi", "transport": "iser", "portal": "h", "target": "t"}, "a transport other than tcp"),
+        ({"driver": "https"}, "no url"),
+        ({"driver": "nbd", "server.type": "inet", "server.host": "h", "tls-creds": "x"}, "the option file.tls-creds"),
+        ({"driver": "https", "url": "https://h/x", "sslverify": False}, "the option file.sslverify"),
+        ({"driver": "iscsi", "portal": "h", "target": "t", "password-secret": "x"}, "the option file.password-secret"),
+        ({"driver": "https", "url": "https://h/a b"}, "a URL with a space"),
+        ({"driver": "https", "url": "file:///etc/passwd"}, "the protocol file is not supported"),
+    ],
+)
+def test_r44_network_drivers_say_what_is_missing_or_not_understood(server: dict[str, Any], why: str) -> None:
+    with pytest.raises(QcowfsError, match=why):
+        parse_json(server)
+
+
+def test_a_password_in_a_name_is_not_told() -> None:
+    with pytest.raises(UnsupportedImage) as caught:
+        parse(b"ftp://me:secret@host/x", IMAGE)
+
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["json:{}", "nbd:h:1", "file:/x", "file:///x"])
+def test_a_data_file_has_a_plain_name_or_a_url(name: str) -> None:
+    with pytest.raises(UnsupportedImage, match="a data file has a plain name or a URL"):
+        parse_data_file_name(name.encode(), IMAGE)
+
+
+def test_a_data_file_may_be_a_url() -> None:
+    found = parse_data_file_name(b"https://h/x.raw", IMAGE).url
+
+    assert found
+    assert found.text == "https://h/x.raw"

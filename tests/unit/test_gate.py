@@ -16,6 +16,7 @@ import pytest
 from qcowfs import gate
 from qcowfs.errors import GateRefused, SourceError
 from qcowfs.gate import Gate, Policy
+from qcowfs.source.url import Url, parse_url
 
 
 @pytest.fixture
@@ -304,3 +305,81 @@ class TestAFileThatCannotBeOpened:
 
         with pytest.raises(SourceError, match="Stale"):
             Gate(Policy()).open_image(str(image))
+
+
+class TestUrls:
+    """What an image names on servers. No server is asked: where the gate lets a URL through, opening it is stood in."""
+
+    TOP = parse_url("https://h/images/top.qcow2")
+
+    @pytest.fixture(autouse=True)
+    def opened_urls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        found: list[str] = []
+
+        def open_remote(url: Url, _settings: object) -> None:
+            found.append(url.text)
+
+        monkeypatch.setattr(gate, "open_remote", open_remote)
+        return found
+
+    def name(self, opener: Gate, text: str) -> None:
+        opener.open_named_url(parse_url(text), named_by="top.qcow2", role="backing file")
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("https://h/images/below/x", "https://h/x", "https://other/images/x", "http://h/images/x"),
+            *("https://h:444/images/x", "nbd://h/x", "iscsi://h/images/1", "s3://h/images/x"),
+        ],
+    )
+    def test_outside_the_folder_of_the_image_are_refused(self, opened_urls: list[str], text: str) -> None:
+        opener = Gate(Policy())
+        opener.open_image_url(self.TOP)
+
+        with pytest.raises(GateRefused, match="it lies outside the folders of the image's layers") as caught:
+            self.name(opener, text)
+
+        assert [self.TOP.text] == opened_urls
+        assert caught.value.hint == f"--allow-backing {text} allows it"
+
+    def test_are_refused_to_a_file(self, image: Path, opened_urls: list[str]) -> None:
+        with pytest.raises(GateRefused):
+            self.name(gate_of(image), "https://h/images/x")
+
+        assert not opened_urls
+
+    def test_beside_a_layer_are_opened(self, opened_urls: list[str]) -> None:
+        opener = Gate(Policy())
+        opener.open_image_url(self.TOP)
+        opener.vouch_for_url(parse_url("https://h/golden/base"))
+        self.name(opener, "https://h/images/x")
+        self.name(opener, "https://h/golden/x")
+
+        assert ["https://h/images/x", "https://h/golden/x"] == opened_urls[1:]
+
+    def test_that_the_policy_covers_are_opened(self, image: Path, opened_urls: list[str]) -> None:
+        self.name(gate_of(image, Policy(allow_urls=(parse_url("https://h/images"),))), "https://h/images/below/x")
+
+        assert ["https://h/images/below/x"] == opened_urls
+
+    def test_count_for_nothing_once_a_format_was_guessed(self) -> None:
+        opener = Gate(Policy())
+        opener.open_image_url(self.TOP)
+        opener.distrust("https://h/images/base")
+
+        with pytest.raises(GateRefused, match="a guest may have written its names"):
+            self.name(opener, "https://h/images/x")
+
+    def test_of_another_server_on_another_socket_are_refused(self) -> None:
+        opener = Gate(Policy())
+        opener.open_image_url(parse_url("nbd+unix:///top?socket=/run/a"))
+        self.name(opener, "nbd+unix:///base?socket=/run/a")
+
+        with pytest.raises(GateRefused):
+            self.name(opener, "nbd+unix:///base?socket=/run/b")
+
+    def test_have_no_options_not_even_with_any(self, opened_urls: list[str]) -> None:
+        with pytest.raises(GateRefused, match="a URL in an image has no options"):
+            self.name(Gate(Policy(allow_any=True)), "nbds://h/x?tls-certificates=/root")
+
+        assert not opened_urls

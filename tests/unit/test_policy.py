@@ -11,6 +11,7 @@ import pytest
 from qcowfs import limits, policy
 from qcowfs.errors import UsageError
 from qcowfs.policy import Policy, load_policy
+from qcowfs.source.url import parse_url
 
 Configure = Callable[[str], str]
 
@@ -88,7 +89,7 @@ def test_a_word_that_names_nothing_is_told_at_once() -> None:
         UsageError, match="--allow-backing /no/such: not a directory, a file or a block device"
     ) as caught:
         load_policy(["/no/such"], [])
-    assert caught.value.hint == "DIR for everything below it, or any for every file"
+    assert caught.value.hint == "DIR or URL for everything below it, or any for every file"
 
 
 @pytest.mark.parametrize("written", ["/a:/b", "/a:\n  /b", "\n  /a\n  /b\n", " /a : /b ", ":/a::/b:"])
@@ -197,3 +198,22 @@ def test_a_fifo_in_somebodys_home_does_not_stop_root(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config")
 
     assert load_policy((), [str(tmp_path / "config")]) == Policy()
+
+
+def test_urls_are_words_too(home: Path, configure: Configure) -> None:
+    configured = configure("[backing]\nallow = /srv:/more\n  https://h/images/\n  nbd://h:10809\n")
+    found = load_policy(["s3://bucket/a"], [configured])
+
+    assert ("/srv", "/more") == found.allow
+    allowed = ["https://h/images/x", "nbd://h:10809/x", "s3://bucket/a/b"]
+    refused = ["https://h/x", "https://h2/images/x", "nbd://h/x", "s3://bucket/ab", "https://h/images/../x"]
+    assert [True] * 3 + [False] * 5 == [found.covers_url(parse_url(text)) for text in allowed + refused]
+
+
+def test_any_covers_every_url() -> None:
+    assert load_policy(["any"], []).covers_url(parse_url("https://h/x"))
+
+
+def test_a_url_that_makes_no_sense_is_told() -> None:
+    with pytest.raises(UsageError, match="--allow-backing https://h/a b: a URL with a space"):
+        load_policy(["https://h/a b"], [])
