@@ -135,4 +135,4 @@ class _Reader:
         with self._lock:
             first, self._failing = self._failing, False
         if first:
-            logger.info("%s: can be read again", self._shown)
+            logger.warning("%s: can be read again", self._shown)
