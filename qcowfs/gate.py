@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qcowfs.errors import GateRefused, SourceError, printable
 from qcowfs.policy import Policy, load_policy
-from qcowfs.source.remote import DEFAULT_SETTINGS, Remote, RemoteSettings, open_remote
+from qcowfs.source.remote import Remote, Remotes
 from qcowfs.source.url import Url
 
 __all__ = ["Gate", "Policy", "load_policy"]
@@ -58,9 +58,9 @@ class _Name:
 class Gate:
     """Opens the files of one chain, and knows what its opened layers vouch for."""
 
-    def __init__(self, policy: Policy, remote: RemoteSettings = DEFAULT_SETTINGS) -> None:
+    def __init__(self, policy: Policy, remotes: Remotes | None = None) -> None:
         self._policy = policy
-        self._remote = remote
+        self._remotes = remotes or Remotes()
         self._servers: set[tuple[str, ...]] = set()  # folders of URLs: what lies right in them may be named
         self._trees: list[str] = []  # real directories: regular files in and below them may be named
         self._directories: list[str] = []  # real directories: regular files right in them may be named
@@ -88,7 +88,7 @@ class Gate:
         Raises:
             ImageError: it cannot be opened.
         """
-        remote = open_remote(url, self._remote)
+        remote = self._remotes.open(url)
         self._servers.add(url.directory)
         return remote
 
@@ -107,7 +107,7 @@ class Gate:
                 raise name.refused(self._why_guessed(), allowed_by=url.shown)
             if url.directory not in self._servers:
                 raise name.refused("it lies outside the folders of the image's layers", allowed_by=url.shown)
-        return open_remote(url, self._remote)
+        return self._remotes.open(url)
 
     def open_named_file(self, path: str, *, named_by: str, role: str) -> int:
         """Open what an image names; returns a descriptor. Everything that an image names comes through here.

@@ -53,7 +53,9 @@ class CacheDirectory:
         """
         if bound < limits.MIN_CACHE_DIRECTORY:
             least = limits.MIN_CACHE_DIRECTORY >> 20
-            raise UsageError(f"{path}: {bound} bytes are too few to keep blocks of images, at least {least}M are needed")
+            raise UsageError(
+                f"{path}: {bound} bytes are too few to keep blocks of images, at least {least}M are needed"
+            )
         self.path = path
         self.bound = bound
         self.allowance = Allowance()

@@ -39,6 +39,8 @@ KNOWN = {
     ("gate.py", "_open_by_person"): "what a person named",
     ("gate.py", "_open_without_links"): "what an image names, once it was judged",
     ("gate.py", "_reopen"): "what a descriptor stands for",
+    ("gate.py", "open_image_url"): "a URL that a person named",
+    ("gate.py", "open_named_url"): "a URL that an image names, once it was judged",
     ("inside/forker.py", "_become_small"): "the kernel's setting of a process",
     ("inside/forker.py", "_keep_only"): "/dev/null",
     ("inside/worker.py", "_mapped"): "the kernel's facts about a process",
