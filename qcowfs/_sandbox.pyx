@@ -1,7 +1,7 @@
 # cython: language_level=3
 """Takes every right from the calling process but to compute and to talk over the sockets that it has.
 
-Used by inside/worker.py and inside/launcher.py. Each step works without the others: where the kernel, a container or
+Used by inside and by source/launch.py. Each step works without the others: where the kernel, a container or
 the lack of root withholds one, the rest still holds. There is no way back.
 
 The filter answers EPERM to what a library may ask in good faith (a file that it opens if it is there), and kills for
@@ -25,6 +25,24 @@ def die_with_parent(bytes name):
     prctl(PR_SET_NAME, <char*>name, 0, 0, 0)
 
 
+def see_only(list descriptors):
+    """Have the kernel refuse this process, and the program that it becomes, every file but some.
+
+    Args:
+        descriptors: of the files and directories that may be read, and executed, with all below them; 16 at most.
+
+    Returns whether the kernel can do that; if not, nothing happens.
+    """
+    cdef int places[16]
+    cdef int count = <int>len(descriptors)
+    cdef int i
+    if count > 16:
+        raise ValueError("too many places")
+    for i in range(count):
+        places[i] = descriptors[i]
+    return prctl(PR_SET_NO_NEW_PRIVS, 1L, 0, 0, 0) == 0 and qcowfs_landlock(places, count) > 0
+
+
 def confine(unsigned long long memory, unsigned long long cpu_seconds):
     """Confine this process, which has one thread and dies with its parent; return the words for what could be done.
 
@@ -42,7 +60,7 @@ def confine(unsigned long long memory, unsigned long long cpu_seconds):
     prctl(PR_SET_DUMPABLE, 0L, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)  # it ended in between, unnoticed
-    abi = qcowfs_landlock()
+    abi = qcowfs_landlock(NULL, 0)
     if abi > 0:
         done.append(f"landlock-{abi}")
     done.append(limit(memory, cpu_seconds))

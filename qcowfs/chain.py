@@ -19,6 +19,7 @@ from qcowfs.gate import Gate, Policy
 from qcowfs.layer import Layer
 from qcowfs.qcow2 import header as qcow2
 from qcowfs.qcow2.snapshots import SnapshotEntry, read_snapshots
+from qcowfs.source import foreign
 from qcowfs.source.file import File, open_file, remote_file
 from qcowfs.source.lock import LocksUnsupported, hold_reader_locks, writer_present
 from qcowfs.source.remote import Remotes
@@ -30,7 +31,8 @@ Header = qcow2.Header | qcow1.Header
 Snapshots = tuple[SnapshotEntry, ...]
 
 ATTEMPTS = 4  # to read tables that move; a machine that makes snapshots without a break is not to be caught
-SUPPORTED = "qcow2, qcow and raw are supported"
+SUPPORTED = f"{', '.join(FORMATS)} are supported"
+PROBED = ("qcow2", "qcow", "raw")  # what a backing file may be whose format nobody recorded; a guest may have chosen it
 RAW_ALIASES = ("file", "host_device")  # protocol drivers recorded as a format by old tools: bytes as they are
 
 
@@ -83,7 +85,7 @@ def open_chain(
         UsageError: `image` is a URL that makes no sense.
         ImageError: some layer cannot be opened, read or allowed; nothing stays open.
     """
-    opener = _Opener(policy, remotes, lock=lock)
+    opener = _Opener(policy, remotes or Remotes(), lock=lock)
     try:
         opener.open_all(image, image_format)
     except BaseException:
@@ -107,8 +109,9 @@ def _person_url(text: str) -> Url:
 class _Opener:
     """Opens layer after layer; what it holds is closed by `close` if anything fails."""
 
-    def __init__(self, policy: Policy, remotes: Remotes | None, *, lock: bool) -> None:
+    def __init__(self, policy: Policy, remotes: Remotes, *, lock: bool) -> None:
         self._gate = Gate(policy, remotes)
+        self._remotes = remotes
         self._lock = lock
         self._loose: list[File] = []  # opened, and not part of a layer yet
         self._seen: dict[Hashable, Layer] = {}  # files that were opened as qcow2 or qcow
@@ -174,17 +177,18 @@ class _Opener:
         data = self._data_file(file, header)
         if data is not None:
             written = self._written_by_other(data) or written
+        source = self._served(file, image_format) if image_format in foreign.FORMATS else file.source
         return Layer(
             depth=len(self.layers),
             path=file.path,
             url=file.url,
             format=image_format,
-            source=file.source,
-            data=data.source if data else file.source,
+            source=source,
+            data=data.source if data else source,
             data_path=data.path if data else None,
             header=header,
             snapshots=snapshots,
-            virtual_size=header.virtual_size if header else raw.virtual_size(file.source),
+            virtual_size=header.virtual_size if header else raw.virtual_size(source),
             disk_size=file.disk_size + (data.disk_size if data else 0),
             modified_ns=file.modified_ns,
             backing_name=header.backing_name if header and not alone else None,
@@ -192,6 +196,13 @@ class _Opener:
             written_by_other=written,
             file_id=file.identity,
         )
+
+    def _served(self, file: File, image_format: str) -> Source:
+        """Return the disk in an image that QEMU reads for us; the layer's own disk from now on, and its last."""
+        if file.descriptor is None:
+            why = "only files and block devices of this machine are given to QEMU"
+            raise UnsupportedImage(file.path, f"a {image_format} image on a server", why)
+        return foreign.open_foreign(file.source, file.descriptor, image_format, self._remotes.settings)
 
     def _open_named(self, by: File | Layer, said: FileName, role: str) -> File:
         url = said.url or (by.url and not said.path.startswith("/") and by.url.beside(said.path))
@@ -232,15 +243,21 @@ class _Opener:
 
     def _probe_image(self, file: File) -> str:
         data = file.start(raw.PROBE_LENGTH)
-        found = _magic_format(file, data)
-        if found is not None:
+        found = _own_format(data) or raw.foreign_format(data) or raw.foreign_footer(file.source)
+        if found in FORMATS:
             return found
+        if found is not None:
+            raise UnsupportedImage(file.path, f"a {found} image", SUPPORTED)
         why = "it starts like no known format" if data else "it is empty"
         raise NotAnImage(file.path, "not a qcow2 image", why, hint="--image-format raw takes it for a raw disk")
 
     def _probe_backing(self, overlay: Layer, file: File) -> str:
         """Find a format that the overlay does not record; see docs/decisions/0002-gate-and-probing.md."""
-        found = _magic_format(file, file.start(raw.PROBE_LENGTH)) or "raw"
+        data = file.start(raw.PROBE_LENGTH)
+        found = _own_format(data) or raw.foreign_format(data) or "raw"
+        if found not in PROBED:
+            why = f"{printable(overlay.path)} does not record that it is one"
+            raise UnsupportedImage(file.path, f"a {found} image", why)
         if isinstance(overlay.header, qcow2.Header):  # qcow version 1 has no place to record it
             path = printable(file.path)
             self.warnings.append(
@@ -336,11 +353,8 @@ def _read_tables(source: Source, image_format: str, *, moving: bool) -> tuple[He
     return header, snapshots
 
 
-def _magic_format(file: File, data: bytes) -> str | None:
-    """Return the format that `data`, the start of `file`, says it is; None if it says nothing."""
-    foreign = raw.foreign_format(data)
-    if foreign is not None:
-        raise UnsupportedImage(file.path, f"a {foreign} image", SUPPORTED)
+def _own_format(data: bytes) -> str | None:
+    """Return the format of ours that `data`, the start of a file, says it is; None if it says nothing."""
     if not data.startswith(qcow2.MAGIC):
         return None
     return "qcow" if data.startswith(qcow1.MAGIC) else "qcow2"

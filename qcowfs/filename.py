@@ -13,12 +13,13 @@ from typing import Any
 
 from qcowfs import jsonname, limits, remotename
 from qcowfs.errors import CorruptImage, UnsupportedImage, printable
+from qcowfs.source import foreignformat
 from qcowfs.source.remote import SCHEMES
 from qcowfs.source.url import Url, is_url, parse_url
 
 __all__ = ["FORMATS", "FileName", "parse", "parse_data_file_name"]
 
-FORMATS = ("qcow2", "qcow", "raw")
+FORMATS = ("qcow2", "qcow", "raw", *foreignformat.FORMATS)
 LOCAL_PROTOCOLS = ("file", "host_device")
 JSON = "json:"
 SECTOR = 512

@@ -30,9 +30,10 @@ class Layer:
         path: the absolute name that it was opened by, symbolic links and all; of a URL what may be shown of it.
         name: the last part of that.
         url: where it is on a server; None: on this machine.
-        format: "qcow2", "qcow" or "raw".
-        source: its bytes; `data` is where standard clusters are: the same, or the external data file.
-        header: None for raw.
+        format: one of filename.FORMATS.
+        source: its bytes, or the disk in it where QEMU reads that for us; `data` is where standard clusters are: the
+            same, or the external data file.
+        header: None but for qcow2 and qcow.
         virtual_size, disk_size: bytes of its active disk; bytes that its files take on the host.
         modified_ns: when the file was last written, nanoseconds since the epoch; when it was opened where nobody knows.
         backing_name, backing_format: as stored; None where there is none.

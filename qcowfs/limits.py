@@ -121,3 +121,6 @@ MAX_JOURNAL_REVOKES = 1 << 22  # revoked blocks of one log, with repetitions: th
 MAX_FAST_COMMIT_TAGS = 1 << 16  # mke2fs reserves 256 blocks for them, 1 MiB; a tag takes 8 bytes or more
 MAX_FAST_COMMIT_BLOCKS = 2048  # blocks that the replay of fast commits may change: 8 MiB of 4 KiB, of a worker's 64
 MAX_FAST_COMMIT_WORK = 1 << 21  # entries of directories and extents that the replay may look at: two seconds
+
+MAX_VMDK_DESCRIPTOR = 1 << 20  # QEMU: bytes of the text in a vmdk image
+MAX_CHILD_LINE = 4096  # bytes of a line that a program of QEMU says

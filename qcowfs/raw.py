@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qcowfs._source import Source
 
-__all__ = ["foreign_format", "virtual_size"]
+__all__ = ["foreign_footer", "foreign_format", "virtual_size"]
 
 SECTOR = 512
 PROBE_LENGTH = 80
+VPC_MAGIC = b"conectix"
 
-# Formats that qcowfs does not read: (offset, magic, QEMU's name). A file that starts so is never taken for a raw disk
-# by guessing.
+# Formats that qcowfs itself does not read: (offset, magic, QEMU's name). A file that starts so is never taken for a raw
+# disk by guessing.
 FOREIGN = (
     (0, b"KDMV", "vmdk"),
     (0, b"COWD", "vmdk"),
     (0, b"# Disk DescriptorFile", "vmdk"),
     (0, b"vhdxfile", "vhdx"),
-    (0, b"conectix", "vpc"),
+    (0, VPC_MAGIC, "vpc"),
     (0, b"QED\0", "qed"),
     (0, b"LUKS\xba\xbe", "luks"),
     (0, b"WithoutFreeSpace", "parallels"),
@@ -39,3 +40,13 @@ def virtual_size(source: Source) -> int:
 def foreign_format(data: bytes) -> str | None:
     """Return QEMU's name of the format that `data`, the first PROBE_LENGTH bytes, belongs to; None if none is known."""
     return next((name for offset, magic, name in FOREIGN if data[offset : offset + len(magic)] == magic), None)
+
+
+def foreign_footer(source: Source) -> str | None:
+    """Return QEMU's name of the format that is known by how `source` ends: a fixed vpc image is a disk and a footer.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    start = source.size - SECTOR
+    return "vpc" if start >= 0 and source.read_at(start, len(VPC_MAGIC)) == VPC_MAGIC else None

@@ -1,4 +1,4 @@
-# pthread.h and signal.h: what the cache, the codec's pools and the threads of the data plane use.
+# pthread.h and signal.h: what the cache, the codec's pools, the threads of the data plane and remote sources use.
 
 from posix.time cimport timespec
 

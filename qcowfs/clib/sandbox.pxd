@@ -19,6 +19,7 @@ cdef extern from *:
     #include <errno.h>
     #include <sys/syscall.h>
     #include <sys/mman.h>
+    #include <sys/stat.h>
     #include <sys/prctl.h>
     #include <linux/audit.h>
     #include <linux/capability.h>
@@ -89,10 +90,14 @@ cdef extern from *:
 
     struct qcowfs_ruleset { uint64_t fs, net, scoped; };
 
-    /* Rights that the kernel's ABI knows, all of them handled and none granted; returns the ABI, or -1. */
-    static int qcowfs_landlock(void)
+    struct qcowfs_beneath { uint64_t access; int32_t parent; } __attribute__((packed));
+
+    /* Handle all rights that the kernel's ABI knows, and grant none but to read and execute what the descriptors stand
+       for, and what is below those that are directories. Returns the ABI, or -1. */
+    static int qcowfs_landlock(const int *places, int count)
     {
         static const unsigned fs_bits[] = { 13, 14, 15, 15, 16 };
+        static const uint64_t execute = 1, read_file = 4, read_directory = 8, ioctl_device = 1 << 15;
         int abi = (int)syscall(444, NULL, (size_t)0, 1U);
         if (abi < 1)
             return -1;
@@ -103,11 +108,20 @@ cdef extern from *:
         int ruleset = (int)syscall(444, &rules, size, 0U);
         if (ruleset < 0)
             return -1;
-        int failed = (int)syscall(446, ruleset, 0U);
+        int failed = 0;
+        for (int i = 0; i < count; i++) {
+            struct stat status;
+            failed |= fstat(places[i], &status);
+            uint64_t more = S_ISDIR(status.st_mode) ? read_directory : ioctl_device;
+            struct qcowfs_beneath rule = { rules.fs & (execute | read_file | more), places[i] };
+            failed |= (int)syscall(445, ruleset, 1, &rule, 0U);
+        }
+        if (!failed)
+            failed = (int)syscall(446, ruleset, 0U);
         close(ruleset);
         return failed ? -1 : abi;
     }
     """
     int qcowfs_seccomp() nogil
     int qcowfs_drop_capabilities() nogil
-    int qcowfs_landlock() nogil
+    int qcowfs_landlock(const int* places, int count) nogil

@@ -82,10 +82,14 @@ class _Room(Protocol):
 
 
 class Remotes:
-    """Opens URLs, each behind a cache of blocks that all of them share. One of a process; any thread."""
+    """Opens URLs, each behind a cache of blocks that all of them share. One of a process; any thread.
+
+    Attributes:
+        settings: what a person said.
+    """
 
     def __init__(self, settings: RemoteSettings = DEFAULT_SETTINGS) -> None:
-        self._settings = settings
+        self.settings = settings
         self._making = threading.Lock()
         self._blocks: BlockCache | None = None
         self._directory: CacheDirectory | None = None
@@ -106,7 +110,7 @@ class Remotes:
             raise UnsupportedImage(url.shown, f"the protocol {printable(url.scheme)}", why)
         opener: _Room = importlib.import_module(f"qcowfs.source.{room}")
         blocks, directory = self._caches()
-        remote = opener.open_url(url, self._settings)
+        remote = opener.open_url(url, self.settings)
         return replace(remote, source=BlockSource(blocks, remote.source, directory=directory, version=remote.version))
 
     def _caches(self) -> tuple[BlockCache, CacheDirectory | None]:
@@ -115,9 +119,7 @@ class Remotes:
 
         with self._making:
             if self._blocks is None:
-                if self._settings.cache_directory is not None:
-                    self._directory = CacheDirectory(
-                        self._settings.cache_directory, self._settings.cache_directory_size
-                    )
+                if self.settings.cache_directory is not None:
+                    self._directory = CacheDirectory(self.settings.cache_directory, self.settings.cache_directory_size)
                 self._blocks = BlockCache(limits.DEFAULT_BLOCK_CACHE)
             return self._blocks, self._directory

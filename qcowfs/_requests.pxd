@@ -1,0 +1,105 @@
+# Reads that wait for the one thread which talks to a server: the queue between the two, patience, and news for the log.
+#
+# A request belongs to its reader while it is WAITING: who runs out of patience takes it out of the queue and leaves. It
+# belongs to the service thread while it is HELD, because a library may be writing to its buffer: only that thread ends
+# it then, which is why that thread keeps the time of what it holds (queue_deadline).
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from qcowfs._source cimport Source
+from qcowfs._threads cimport thread_t
+from qcowfs.clib.pthread cimport pthread_cond_t, pthread_mutex_t
+
+cdef enum:
+    NEWS_SIZE = 256
+
+cdef enum request_kind:
+    READ
+    STATUS
+
+cdef enum request_state:
+    WAITING
+    HELD
+    DONE
+
+cdef enum news_kind:
+    NO_NEWS
+    TROUBLE  # the server is gone, or silent; told once, until BACK
+    BACK
+    FAULT  # one range cannot be read, or none any more
+
+
+cdef struct reader_t:  # gone as soon as `awake` is 1
+    uint32_t awake  # atomic, a futex; 1: all requests are DONE
+    uint32_t missing  # requests that are not
+    int64_t error  # -errno of the first one that failed, 0: none
+
+
+cdef struct request_t:
+    request_t* next  # of its list: waiting or held
+    request_t* previous
+    reader_t* reader
+    request_kind kind
+    request_state state
+    char* buffer  # READ: `length` bytes
+    uint64_t offset  # bytes
+    uint64_t length  # bytes, > 0, within the source; STATUS: whoever answers may make it less
+    int64_t deadline  # ns of monotonic()
+    int64_t result  # READ: bytes, all that were asked for; STATUS: 1 data, 0 a hole; or -errno
+    uint32_t tries  # the service thread's own
+
+
+cdef struct request_list_t:
+    request_t* first
+    request_t* last
+
+
+cdef struct queue_t:
+    pthread_mutex_t mutex  # of all below; nothing is called with it held
+    request_list_t waiting  # in the order of their deadlines
+    request_list_t held
+    int wakeup  # an eventfd, readable once something was queued, or when `error` was set
+    int error  # errno that every read gets from now on; 0: none
+    int64_t patience  # ns that one read may take
+    uint64_t largest  # bytes of one request, which does not cross a multiple of it either
+    pthread_cond_t told
+    news_kind news  # not fetched yet
+    int trouble  # 1: TROUBLE was the last word on the connection
+    int ended  # 1: there will be no more news
+    char text[NEWS_SIZE]
+
+
+cdef int64_t monotonic() noexcept nogil  # ns
+
+# For readers, from any number of threads: bytes (all of them), or -errno; 1, 0 or -errno as source_t.status.
+cdef int64_t queue_read(queue_t* queue, char* buffer, uint64_t length, uint64_t offset) noexcept nogil
+cdef int queue_status(queue_t* queue, uint64_t offset, uint64_t* length) noexcept nogil
+
+# For the service thread. queue_take returns the oldest request, HELD from now on, or NULL; queue_put_back makes one
+# that is held WAITING again, at its place; each request that was taken is put back or completed.
+cdef request_t* queue_take(queue_t* queue) noexcept nogil
+cdef void queue_put_back(queue_t* queue, request_t* request) noexcept nogil
+cdef void queue_complete(queue_t* queue, request_t* request, int64_t result) noexcept nogil
+# When the oldest request that is held must be given up, in ns; INT64_MAX: none is held.
+cdef int64_t queue_deadline(queue_t* queue) noexcept nogil
+# The same of one that waits.
+cdef int64_t queue_first_deadline(queue_t* queue) noexcept nogil
+# Read the eventfd empty, after poll() said that it is readable.
+cdef void queue_woken(queue_t* queue) noexcept nogil
+
+# For any thread. Each read that waits, each later one, and each that is put back, fails with `error` at once.
+cdef void queue_fail(queue_t* queue, int error) noexcept nogil
+cdef int queue_failed(queue_t* queue) noexcept nogil  # that errno, or 0
+# Leave `text` for the log. TROUBLE is dropped while there is trouble, BACK while there is none.
+cdef void queue_tell(queue_t* queue, news_kind kind, const char* text) noexcept nogil
+
+
+cdef class QueuedSource(Source):
+    cdef queue_t queue
+    cdef thread_t thread
+    cdef bint ready  # the queue was made
+    cdef bint running
+    # Run `work(argument)` as the service thread. It returns soon once queue_failed() is EBADF.
+    cdef int serve(self, void (*work)(void*) noexcept nogil, void* argument) except -1
+    # End the thread. A subclass whose thread uses what is its own calls it in its __dealloc__, which comes first.
+    cdef void stop(self) noexcept

@@ -1,0 +1,372 @@
+# cython: language_level=3, cdivision=True
+"""Reads that wait for the one thread which talks to a server.
+
+Used by the rooms of protocols whose library is not made for many threads, or that keep many reads in flight on one
+connection. Readers are any number of threads; the service thread never runs Python. See the .pxd for who owns a
+request when.
+"""
+
+import os
+
+from libc.errno cimport EBADF, EIO, ETIMEDOUT, errno
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.string cimport strncpy
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from qcowfs._source cimport Source, source_t
+from qcowfs._threads cimport thread_start, thread_stop
+from qcowfs.clib.atomic cimport atomic_load, atomic_store
+from qcowfs.clib.futex cimport futex_wait, futex_wake
+from qcowfs.clib.poll cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_read, eventfd_write
+from qcowfs.clib.pthread cimport (
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+)
+from qcowfs.clib.unistd cimport c_close
+
+cdef enum:
+    PARTS = 16  # requests that one read has in the queue at once
+    SECOND = 1000000000  # ns
+
+
+cdef class QueuedSource(Source):
+    """Bytes that a thread of this object's own gets from a server. An abstract base.
+
+    Args:
+        name: for messages.
+        patience: seconds that one read may take.
+        largest: bytes that one request may ask the server for, a multiple of its blocks.
+
+    The subclass sets `c.room`, the size as of opening, before the first read, and calls `serve`.
+    """
+
+    def __init__(self, str name, double patience, uint64_t largest):
+        cdef int event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if event < 0:
+            raise OSError(errno, os.strerror(errno), name)
+        self.name = name
+        self.queue.wakeup = event
+        self.queue.patience = <int64_t>(patience * SECOND)
+        self.queue.largest = largest
+        pthread_mutex_init(&self.queue.mutex, NULL)
+        pthread_cond_init(&self.queue.told, NULL)
+        self.ready = True
+        self.c.state = &self.queue
+        self.c.pread = queued_pread
+        self.c.status = queued_status
+        self.c.end = queued_end
+
+    cdef int serve(self, void (*work)(void*) noexcept nogil, void* argument) except -1:
+        cdef int status = thread_start(&self.thread, work, argument)
+        if status:
+            raise OSError(status, os.strerror(status), self.name)
+        self.running = True
+        return 0
+
+    def news(self):
+        """Wait for something to say in the log; return it with "trouble", "back" or "fault" before it, or None: closed.
+
+        One thread fetches them; what comes before it did replaces what was there.
+        """
+        cdef news_kind kind
+        cdef char text[NEWS_SIZE]
+        with nogil:
+            kind = fetch_news(&self.queue, text)
+        if kind == NO_NEWS:
+            return None
+        return {TROUBLE: "trouble", BACK: "back", FAULT: "fault"}[kind], text.decode("utf-8", "replace")
+
+    def fail(self, int error):
+        """Let every read fail with `error`, an errno, those that wait and those to come."""
+        queue_fail(&self.queue, error)
+
+    def close(self):
+        """Let every read fail that waits, and end the thread."""
+        if self.ready:
+            self.stop()
+            end_news(&self.queue)
+
+    cdef void stop(self) noexcept:
+        with nogil:
+            queue_fail(&self.queue, EBADF)
+            if self.running:
+                thread_stop(&self.thread)
+        self.running = False
+
+    def __dealloc__(self):
+        if not self.ready:
+            return
+        self.stop()
+        c_close(self.queue.wakeup)
+        pthread_cond_destroy(&self.queue.told)
+        pthread_mutex_destroy(&self.queue.mutex)
+
+
+cdef int64_t queued_pread(const source_t* source, void* buffer, uint64_t length, uint64_t offset) noexcept nogil:
+    if offset >= source.room:
+        return 0
+    return queue_read(<queue_t*>source.state, <char*>buffer, min(length, source.room - offset), offset)
+
+
+cdef int queued_status(const source_t* source, uint64_t offset, uint64_t* length) noexcept nogil:
+    if offset >= source.room:
+        return 0
+    length[0] = min(length[0], source.room - offset)
+    return 1
+
+
+cdef int64_t queued_end(const source_t* source) noexcept nogil:
+    return <int64_t>source.room
+
+
+cdef int64_t monotonic() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * SECOND + now.tv_nsec
+
+
+cdef int64_t queue_read(queue_t* queue, char* buffer, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef request_t parts[PARTS]
+    cdef int64_t deadline = monotonic() + queue.patience
+    cdef uint64_t done = 0
+    cdef uint64_t size
+    cdef int64_t error
+    cdef uint32_t count
+    while done < length:
+        count = 0
+        while done < length and count < PARTS:
+            size = min(length - done, queue.largest - (offset + done) % queue.largest)
+            describe(&parts[count], READ, offset + done, size, deadline)
+            parts[count].buffer = buffer + done
+            done += size
+            count += 1
+        error = ask(queue, parts, count)
+        if error:
+            return error
+    return <int64_t>length
+
+
+cdef int queue_status(queue_t* queue, uint64_t offset, uint64_t* length) noexcept nogil:
+    cdef request_t request
+    cdef int64_t error
+    describe(&request, STATUS, offset, length[0], monotonic() + queue.patience)
+    request.buffer = NULL
+    error = ask(queue, &request, 1)
+    if error:
+        return <int>error
+    length[0] = min(length[0], request.length)
+    return <int>request.result
+
+
+cdef void describe(
+    request_t* request, request_kind kind, uint64_t offset, uint64_t length, int64_t deadline,
+) noexcept nogil:
+    request.kind = kind
+    request.offset = offset
+    request.length = length
+    request.deadline = deadline
+    request.tries = 0
+
+
+cdef int64_t ask(queue_t* queue, request_t* requests, uint32_t count) noexcept nogil:
+    """Queue the requests, which have one deadline, and wait until all are DONE. Returns 0 or -errno."""
+    cdef reader_t reader
+    cdef uint32_t i
+    cdef bint first
+    cdef int error
+    reader.awake = 0
+    reader.missing = count
+    reader.error = 0
+    pthread_mutex_lock(&queue.mutex)
+    error = queue.error
+    first = queue.waiting.first == NULL
+    if not error:
+        for i in range(count):
+            requests[i].reader = &reader
+            requests[i].state = WAITING
+            insert(&queue.waiting, &requests[i])
+    pthread_mutex_unlock(&queue.mutex)
+    if error:
+        return -error
+    if first:
+        eventfd_write(queue.wakeup, 1)  # not with the mutex, which is the first thing that the other side wants
+    wait(queue, &reader, requests, count)
+    return -EIO if reader.error == -ETIMEDOUT else reader.error
+
+
+cdef void wait(queue_t* queue, reader_t* reader, request_t* requests, uint32_t count) noexcept nogil:
+    """Wait for the requests; those that still are WAITING after their deadline leave the queue."""
+    cdef timespec until
+    until.tv_sec = requests[0].deadline // SECOND
+    until.tv_nsec = requests[0].deadline % SECOND
+    while not atomic_load(&reader.awake):
+        if futex_wait(&reader.awake, &until) < 0 and errno == ETIMEDOUT:
+            withdraw(queue, requests, count)
+            break
+    while not atomic_load(&reader.awake):  # what is left is HELD, and who holds it knows the deadline
+        futex_wait(&reader.awake, NULL)
+
+
+cdef void withdraw(queue_t* queue, request_t* requests, uint32_t count) noexcept nogil:
+    cdef uint32_t i
+    pthread_mutex_lock(&queue.mutex)
+    for i in range(count):
+        if requests[i].state == WAITING:
+            remove(&queue.waiting, &requests[i])
+            wake(finish(&requests[i], -ETIMEDOUT))
+    pthread_mutex_unlock(&queue.mutex)
+
+
+cdef void insert(request_list_t* list, request_t* request) noexcept nogil:
+    """Put `request` behind those of the same deadline or an earlier one: nearly always at the end."""
+    cdef request_t* before = list.last
+    while before != NULL and before.deadline > request.deadline:
+        before = before.previous
+    request.previous = before
+    request.next = list.first if before == NULL else before.next
+    if before == NULL:
+        list.first = request
+    else:
+        before.next = request
+    if request.next == NULL:
+        list.last = request
+    else:
+        request.next.previous = request
+
+
+cdef void remove(request_list_t* list, request_t* request) noexcept nogil:
+    if request.previous == NULL:
+        list.first = request.next
+    else:
+        request.previous.next = request.next
+    if request.next == NULL:
+        list.last = request.previous
+    else:
+        request.next.previous = request.previous
+
+
+cdef reader_t* finish(request_t* request, int64_t result) noexcept nogil:
+    """End a request that is in no list any more; the caller has the mutex. Returns the reader to wake, or NULL."""
+    cdef reader_t* reader = request.reader
+    request.result = result
+    request.state = DONE
+    if result < 0 and not reader.error:
+        reader.error = result
+    reader.missing -= 1
+    return NULL if reader.missing else reader
+
+
+cdef void wake(reader_t* reader) noexcept nogil:
+    """Let the reader go, if there is one, and its requests with it. The faster without the mutex."""
+    if reader != NULL:
+        atomic_store(&reader.awake, 1)
+        futex_wake(&reader.awake)
+
+
+cdef request_t* queue_take(queue_t* queue) noexcept nogil:
+    cdef request_t* request
+    pthread_mutex_lock(&queue.mutex)
+    request = queue.waiting.first
+    if request != NULL:
+        remove(&queue.waiting, request)
+        insert(&queue.held, request)
+        request.state = HELD
+    pthread_mutex_unlock(&queue.mutex)
+    return request
+
+
+cdef void queue_put_back(queue_t* queue, request_t* request) noexcept nogil:
+    cdef reader_t* reader = NULL
+    pthread_mutex_lock(&queue.mutex)
+    remove(&queue.held, request)
+    if queue.error:
+        reader = finish(request, -queue.error)
+    elif request.deadline <= monotonic():  # its reader waits without a deadline of its own since then
+        reader = finish(request, -ETIMEDOUT)
+    else:
+        request.state = WAITING
+        insert(&queue.waiting, request)
+    pthread_mutex_unlock(&queue.mutex)
+    wake(reader)
+
+
+cdef void queue_complete(queue_t* queue, request_t* request, int64_t result) noexcept nogil:
+    cdef reader_t* reader
+    pthread_mutex_lock(&queue.mutex)
+    remove(&queue.held, request)
+    reader = finish(request, result)
+    pthread_mutex_unlock(&queue.mutex)
+    wake(reader)
+
+
+cdef int64_t queue_deadline(queue_t* queue) noexcept nogil:
+    return deadline_of(queue, &queue.held)
+
+
+cdef int64_t queue_first_deadline(queue_t* queue) noexcept nogil:
+    return deadline_of(queue, &queue.waiting)
+
+
+cdef int64_t deadline_of(queue_t* queue, request_list_t* list) noexcept nogil:
+    cdef int64_t deadline = INT64_MAX
+    pthread_mutex_lock(&queue.mutex)
+    if list.first != NULL:
+        deadline = list.first.deadline
+    pthread_mutex_unlock(&queue.mutex)
+    return deadline
+
+
+cdef void queue_woken(queue_t* queue) noexcept nogil:
+    cdef uint64_t value
+    eventfd_read(queue.wakeup, &value)
+
+
+cdef void queue_fail(queue_t* queue, int error) noexcept nogil:
+    cdef request_t* request
+    pthread_mutex_lock(&queue.mutex)
+    if queue.error != EBADF:  # the thread waits for that one to end
+        queue.error = error
+    while queue.waiting.first != NULL:
+        request = queue.waiting.first
+        remove(&queue.waiting, request)
+        wake(finish(request, -error))
+    eventfd_write(queue.wakeup, 1)
+    pthread_mutex_unlock(&queue.mutex)
+
+
+cdef int queue_failed(queue_t* queue) noexcept nogil:
+    cdef int error
+    pthread_mutex_lock(&queue.mutex)
+    error = queue.error
+    pthread_mutex_unlock(&queue.mutex)
+    return error
+
+
+cdef void queue_tell(queue_t* queue, news_kind kind, const char* text) noexcept nogil:
+    pthread_mutex_lock(&queue.mutex)
+    if kind == FAULT or (kind == TROUBLE) != queue.trouble:
+        if kind != FAULT:
+            queue.trouble = kind == TROUBLE
+        queue.news = kind
+        strncpy(queue.text, text, NEWS_SIZE - 1)
+        pthread_cond_broadcast(&queue.told)
+    pthread_mutex_unlock(&queue.mutex)
+
+
+cdef news_kind fetch_news(queue_t* queue, char* text) noexcept nogil:
+    cdef news_kind kind
+    pthread_mutex_lock(&queue.mutex)
+    while queue.news == NO_NEWS and not queue.ended:
+        pthread_cond_wait(&queue.told, &queue.mutex)
+    kind = queue.news
+    queue.news = NO_NEWS
+    strncpy(text, queue.text, NEWS_SIZE)
+    pthread_mutex_unlock(&queue.mutex)
+    return kind
+
+
+cdef void end_news(queue_t* queue) noexcept nogil:
+    pthread_mutex_lock(&queue.mutex)
+    queue.ended = 1
+    pthread_cond_broadcast(&queue.told)
+    pthread_mutex_unlock(&queue.mutex)
