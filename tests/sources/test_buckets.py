@@ -59,6 +59,29 @@ def test_a_blob_of_azure_is_read_with_a_signature(server: BadServer, monkeypatch
     assert server.requests[-1].headers["authorization"].startswith("SharedKey account:")
 
 
+def test_a_public_blob_is_read_without_a_signature(server: BadServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_SKIP_SIGNATURE", "true")
+    with opened("az://container/disk.raw") as remote:
+        assert CONTENT[:9] == remote.source.read_at(0, 9)
+
+    assert "authorization" not in server.requests[-1].headers
+
+
+def test_a_blob_is_read_with_a_shared_access_signature(server: BadServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", f"sv=2023-01-03&sig={SECRET}")
+    with opened("az://container/disk.raw") as remote:
+        assert SECRET not in f"{remote.source.name} {remote.source.place()}"
+    assert "/container/disk.raw?sv=2023-01-03&sig=c2VjcmV0" == server.requests[-1].target
+
+    server.answers = [Answer(status=400, body=lambda part: b"<Error><Code>InvalidQuery</Code></Error>")]
+    message = "az://container/disk.raw: cannot open: the server answered 400 (InvalidQuery)"
+    assert message == refusal("az://container/disk.raw")
+
+
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
 @pytest.mark.parametrize(
     "rest",
