@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from qcowfs import limits
 from qcowfs.errors import UnsupportedImage
@@ -54,7 +55,7 @@ def open_bucket(url: Url, patience: float) -> Bucket:
     """
     if obstore is None:
         raise lacking(url, "obstore")
-    bucket, _, key = url.text.partition("://")[2].partition("/")
+    bucket, key = url.authority, _key(url)
     _check_names(url.scheme, bucket, key)
     client: dict[str, Any] = {
         "timeout": timedelta(seconds=patience),
@@ -165,6 +166,20 @@ def _without_status(text: str, scheme: str) -> Failure:
     if kind == "Connect":
         return Temporary("cannot connect to the server", unreachable=True)
     return Temporary("the request failed before there was an answer", unreachable=True, hint=_CREDENTIALS[scheme])
+
+
+def _key(url: Url) -> str:
+    """Return the key that `url` names: escapes stand for what they say, as in every URL.
+
+    Raises:
+        Failure: there is a query or a fragment, or the escapes are no UTF-8.
+    """
+    if url.query or url.text.endswith("?") or "#" in url.text:
+        raise Failure("it names more than an object: in a key, ? is written as %3F, # as %23 and % as %25")
+    try:
+        return unquote(url.path.removeprefix("/"), errors="strict")
+    except UnicodeDecodeError:
+        raise Failure("the key is not UTF-8") from None
 
 
 def _check_names(scheme: str, bucket: str, key: str) -> None:

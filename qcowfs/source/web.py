@@ -1,7 +1,7 @@
 """Files on web servers, by ranges over HTTP/1.1.
 
 Used by objects. Python's own client, and not the library of buckets: that one tells a signed URL to whoever it is
-redirected to (Referer), drops user and password, and cannot be interrupted; docs/decisions/0010-objects.md has the
+redirected to (Referer), drops user and password, and cannot be interrupted; docs/decisions/0016-objects.md has the
 measurements. Any thread; a connection serves one request at a time.
 """
 

@@ -1,4 +1,4 @@
-"""Opens a URL as chain does, and says of a read what it was."""
+"""Opens the object that a URL names, without the cache that is before it, and says how that fails."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ import pytest
 
 from qcowfs._source import Source
 from qcowfs.errors import QcowfsError
-from qcowfs.source.remote import Remote, RemoteSettings, open_remote
+from qcowfs.source.objects import open_url
+from qcowfs.source.remote import Remote, RemoteSettings
 from qcowfs.source.url import parse_url
 
-__all__ = ["error_of", "opened", "refusal"]
+__all__ = ["error_of", "open_object", "opened", "refusal"]
 
 PATIENCE = 20.0  # longer than any server here is busy; a test of what fails says how short it is
+
+
+def open_object(url: str, patience: float = PATIENCE) -> Remote:
+    """Open `url`; the caller closes its source."""
+    return open_url(parse_url(url), RemoteSettings(patience=patience))
 
 
 @contextmanager
 def opened(url: str, patience: float = PATIENCE) -> Iterator[Remote]:
     """Open `url` until the end of the block."""
-    remote = open_remote(parse_url(url), RemoteSettings(patience=patience))
+    remote = open_object(url, patience)
     try:
         yield remote
     finally:

@@ -32,7 +32,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
 def test_an_object_of_google_is_read_by_its_generation(server: BadServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"127.0.0.1:{server.port}")
     server.answers = [Answer(headers={"x-goog-generation": "1234567"})]
-    with opened("gs://bucket/a b/ü?x") as remote:
+    with opened("gs://bucket/a%20b/ü%3Fx") as remote:
         assert CONTENT[100:200] == remote.source.read_at(100, 100)
         assert '"first" 1234567' == remote.version
 
@@ -52,16 +52,50 @@ def test_a_blob_of_azure_is_read_with_a_signature(server: BadServer, monkeypatch
     monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://127.0.0.1:{server.port}")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", SECRET)
-    with opened("az://container/a b/ü?x") as remote:
+    with opened("az://container/a%20b/ü%3Fx") as remote:
         assert CONTENT[-100:] == remote.source.read_at(len(CONTENT) - 100, 200)
 
     assert "/container/a%20b/%C3%BC%3Fx" == server.requests[-1].target
     assert server.requests[-1].headers["authorization"].startswith("SharedKey account:")
 
 
+def test_a_public_blob_is_read_without_a_signature(server: BadServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_SKIP_SIGNATURE", "true")
+    with opened("az://container/disk.raw") as remote:
+        assert CONTENT[:9] == remote.source.read_at(0, 9)
+
+    assert "authorization" not in server.requests[-1].headers
+
+
+def test_a_blob_is_read_with_a_shared_access_signature(server: BadServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", f"sv=2023-01-03&sig={SECRET}")
+    with opened("az://container/disk.raw") as remote:
+        assert SECRET not in f"{remote.source.name} {remote.source.place()}"
+    assert "/container/disk.raw?sv=2023-01-03&sig=c2VjcmV0" == server.requests[-1].target
+
+    server.answers = [Answer(status=400, body=lambda part: b"<Error><Code>InvalidQuery</Code></Error>")]
+    message = "az://container/disk.raw: cannot open: the server answered 400 (InvalidQuery)"
+    assert message == refusal("az://container/disk.raw")
+
+
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
 @pytest.mark.parametrize(
-    "rest", ["user:secret@bucket/key", "bucket:80/key", "bucket", "bucket/", "/key", "bucket//key", "bucket/../key"]
+    "rest",
+    [
+        "user:secret@bucket/key",
+        "bucket:80/key",
+        "bucket",
+        "bucket/",
+        "/key",
+        "bucket//key",
+        "bucket/../key",
+        "bucket/a?b",
+        "bucket/a#b",
+    ],
 )
 def test_what_names_no_object_is_refused(scheme: str, rest: str) -> None:
     message = refusal(f"{scheme}://{rest}")
@@ -81,9 +115,9 @@ def test_a_library_that_is_not_installed_is_one_line(package: str, scheme: str) 
     program = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "from qcowfs.errors import UnsupportedImage\n"
-        "from qcowfs.source.remote import RemoteSettings, open_remote\n"
+        "from qcowfs.source.remote import Remotes\n"
         "from qcowfs.source.url import parse_url\n"
-        f"try: open_remote(parse_url('{scheme}://bucket/disk.raw'), RemoteSettings())\n"
+        f"try: Remotes().open(parse_url('{scheme}://bucket/disk.raw'))\n"
         "except UnsupportedImage as error: print(error, error.hint, sep='|')\n"
     )
     done = subprocess.run(

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -93,14 +94,18 @@ def test_the_facts_are_those_of_the_object(known: S3Server) -> None:
         assert ("s3", known.endpoint, "images", "disk.raw") == remote.source.place()
 
 
-@pytest.mark.parametrize("key", ["a b", "a%20b", "100%", "a?b=c", "a#b", "ü/日本.qcow2", "a+b&c=d", "~*'()", "a\\b"])
-def test_a_key_is_what_stands_after_the_bucket(known: S3Server, key: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["a b", "a%20b", "100%", "a?b=c", "a#b", "ü/日本.qcow2", "a+b&c=d", "~*'()", "a\\b", "a/b%2Fc"]
+)
+def test_a_key_is_what_stands_after_the_bucket_unescaped(known: S3Server, key: str) -> None:
     known.put("images", key, key.encode())
-    with opened(f"s3://images/{key}") as remote:
+    with opened(f"s3://images/{quote(key)}") as remote:
         assert key.encode() == remote.source.read_at(0, 100)
 
 
-@pytest.mark.parametrize("key", ["/disk.raw", "disk.raw/", "a//b", "a/../disk.raw", "./disk.raw", "a\tb"])
+@pytest.mark.parametrize(
+    "key", ["/disk.raw", "disk.raw/", "a//b", "a/../disk.raw", "a%2F..%2Fdisk.raw", "./disk.raw", "a%09b"]
+)
 def test_a_key_that_the_library_would_change_is_refused(known: S3Server, key: str) -> None:
     assert "such a key is not supported" in refusal(f"s3://images/{key}")
 
@@ -176,6 +181,7 @@ def test_without_credentials_what_is_public_is_read(server: S3Server) -> None:
         ("s3://images/none", "there is no such object"),
         ("s3://no-such-bucket/none", "there is no such bucket"),
         ("s3://images", "it names no object (s3://BUCKET/KEY)"),
+        ("s3://images/%ff", "the key is not UTF-8"),
         ("s3://images/", "it names no object (s3://BUCKET/KEY)"),
     ],
 )

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfs.source.remote import Remote
-from tests.sources.opening import error_of, opened, refusal
+from tests.sources.opening import error_of, open_object, opened, refusal
 from tests.support import need
 from tests.support.nginx import Nginx, nginx
 
@@ -73,7 +72,7 @@ def test_the_facts_are_those_of_the_file(server: Nginx) -> None:
 
 
 def test_names_may_hold_anything(server: Nginx) -> None:
-    with opened(f"{server.base}/a b%23c%3Fd%2541;é.raw") as remote:
+    with opened(f"{server.base}/a%20b%23c%3Fd%2541;é.raw") as remote:
         assert CONTENT[:9] == remote.source.read_at(0, 9)
 
 
@@ -115,19 +114,12 @@ def test_a_server_that_is_started_again_is_read_from_again(tmp_path: Path) -> No
     need("nginx")
     with nginx(tmp_path) as first:
         (first.root / "disk.raw").write_bytes(CONTENT)
-        remote = _open(f"{first.base}/disk.raw", patience=1)
+        remote = open_object(f"{first.base}/disk.raw", patience=1)
         assert CONTENT[:9] == remote.source.read_at(0, 9)
     assert "EIO" == error_of(remote.source)
     with nginx(tmp_path, port=int(first.base.rpartition(":")[2])):
         assert CONTENT[:9] == remote.source.read_at(0, 9)
     remote.source.close()
-
-
-def _open(url: str, patience: float) -> Remote:
-    from qcowfs.source.remote import RemoteSettings, open_remote
-    from qcowfs.source.url import parse_url
-
-    return open_remote(parse_url(url), RemoteSettings(patience=patience))
 
 
 def test_tls_is_trusted_as_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
