@@ -1,8 +1,9 @@
 # cython: language_level=3, cdivision=True
-"""A byte-budgeted cache, shared by all points of a mount.
+"""A byte-budgeted cache, shared by all points of a mount, or by all remote sources.
 
 Used by the compiled rooms only; Python makes one and hands it on. One mutex guards the bookkeeping and is never held
-while anything is loaded; a second reader of an entry that is being loaded waits for it. Least recently used goes first.
+while anything is loaded; a second reader of an entry that is being loaded waits for it. Least recently used goes first,
+but for what was used again and again.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -15,6 +16,8 @@ from qcowfs.clib.pthread cimport (
 
 cdef enum:
     BYTES_PER_BUCKET = 1024  # the usual entry is a table slice of about that size: one entry a bucket when full
+    AGAIN_SHARE = 16  # of the budget: so much was inserted between two uses that are not one reader's small steps
+    PASSING_SHARE = 4  # of the budget: what was used once has so much even when all else was used again
 
 
 cdef class Cache:
@@ -33,14 +36,11 @@ cdef class Cache:
         pthread_cond_init(&self.c.settled, NULL)
 
     def __dealloc__(self):
-        cdef entry_t* entry
         if self.c.buckets == NULL:
             return
-        # Whoever holds a reference to an entry holds one to this object too, so all entries are in the order of use.
-        while self.c.oldest != NULL:
-            entry = self.c.oldest
-            unlink_use(&self.c, entry)
-            free(entry)
+        # Whoever holds a reference to an entry holds one to this object too, so all entries are in an order of use.
+        self.c.budget = 0
+        shrink(&self.c)
         free(self.c.buckets)
         pthread_cond_destroy(&self.c.settled)
         pthread_mutex_destroy(&self.c.lock)
@@ -63,8 +63,11 @@ cdef entry_t* cache_acquire(
     entry = find(cache, kind, source, place)
     if entry == NULL:
         entry = insert(cache, kind, source, place, capacity)
+        if entry != NULL:
+            touch(cache, entry)
     else:
         refer(cache, entry)
+        touch(cache, entry)
         while entry.state == STATE_LOADING:
             pthread_cond_wait(&cache.settled, &cache.lock)
     pthread_mutex_unlock(&cache.lock)
@@ -82,6 +85,15 @@ cdef entry_t* cache_begin(
 
 
 cdef entry_t* cache_find(cache_t* cache, entry_kind kind, uint32_t source, uint64_t place) noexcept nogil:
+    return find_ready(cache, kind, source, place, True)
+
+
+cdef entry_t* cache_peek(cache_t* cache, entry_kind kind, uint32_t source, uint64_t place) noexcept nogil:
+    return find_ready(cache, kind, source, place, False)
+
+
+cdef entry_t* find_ready(
+    cache_t* cache, entry_kind kind, uint32_t source, uint64_t place, bint use) noexcept nogil:
     cdef entry_t* entry
     pthread_mutex_lock(&cache.lock)
     entry = find(cache, kind, source, place)
@@ -89,6 +101,8 @@ cdef entry_t* cache_find(cache_t* cache, entry_kind kind, uint32_t source, uint6
         entry = NULL
     if entry != NULL:
         refer(cache, entry)
+        if use:
+            touch(cache, entry)
     pthread_mutex_unlock(&cache.lock)
     return entry
 
@@ -106,7 +120,8 @@ cdef void cache_abandon(cache_t* cache, entry_t* entry, int failure) noexcept no
     pthread_mutex_lock(&cache.lock)
     entry.failure = failure
     entry.state = STATE_FAILED
-    unlink_bucket(cache, entry)
+    if entry.listed:  # else it was forgotten meanwhile
+        unlink_bucket(cache, entry)
     pthread_cond_broadcast(&cache.settled)
     pthread_mutex_unlock(&cache.lock)
 
@@ -120,6 +135,24 @@ cdef void cache_release(cache_t* cache, entry_t* entry) noexcept nogil:
             shrink(cache)
         else:
             discard(cache, entry)
+    pthread_mutex_unlock(&cache.lock)
+
+
+cdef void cache_forget(cache_t* cache, uint32_t source) noexcept nogil:
+    cdef uint64_t bucket
+    cdef entry_t* entry
+    cdef entry_t* next_one
+    pthread_mutex_lock(&cache.lock)
+    for bucket in range(cache.bucket_mask + 1):
+        entry = cache.buckets[bucket]
+        while entry != NULL:
+            next_one = entry.chain
+            if entry.source == source:
+                unlink_bucket(cache, entry)
+                if entry.references == 0:
+                    unlink_use(cache, entry)
+                    discard(cache, entry)
+            entry = next_one
     pthread_mutex_unlock(&cache.lock)
 
 
@@ -145,6 +178,16 @@ cdef inline void refer(cache_t* cache, entry_t* entry) noexcept nogil:
     entry.references += 1
 
 
+cdef inline void touch(cache_t* cache, entry_t* entry) noexcept nogil:
+    """Somebody uses the entry, which has a reference and is in no order."""
+    if not entry.used:
+        entry.used = True
+        entry.used_at = cache.inserted
+    elif not entry.kept and cache.inserted - entry.used_at > cache.budget // AGAIN_SHARE:
+        entry.kept = True
+        cache.kept += sizeof(entry_t) + entry.capacity
+
+
 cdef entry_t* insert(
     cache_t* cache, entry_kind kind, uint32_t source, uint64_t place, uint64_t capacity) noexcept nogil:
     cdef entry_t** bucket = &cache.buckets[bucket_of(cache, kind, source, place)]
@@ -157,6 +200,8 @@ cdef entry_t* insert(
     entry.state = STATE_LOADING
     entry.references = 1
     entry.failure = 0
+    entry.used = entry.kept = False
+    entry.used_at = 0
     entry.listed = True
     entry.capacity = capacity
     entry.valid = 0
@@ -165,6 +210,7 @@ cdef entry_t* insert(
     entry.chain = bucket[0]
     bucket[0] = entry
     cache.used += sizeof(entry_t) + capacity
+    cache.inserted += sizeof(entry_t) + capacity
     shrink(cache)
     return entry
 
@@ -178,36 +224,46 @@ cdef void unlink_bucket(cache_t* cache, entry_t* entry) noexcept nogil:
 
 
 cdef void link_use(cache_t* cache, entry_t* entry) noexcept nogil:
+    cdef order_t* order = &cache.orders[entry.kept]
     entry.newer = NULL
-    entry.older = cache.newest
-    if cache.newest != NULL:
-        cache.newest.newer = entry
+    entry.older = order.newest
+    if order.newest != NULL:
+        order.newest.newer = entry
     else:
-        cache.oldest = entry
-    cache.newest = entry
+        order.oldest = entry
+    order.newest = entry
 
 
 cdef void unlink_use(cache_t* cache, entry_t* entry) noexcept nogil:
+    cdef order_t* order = &cache.orders[entry.kept]
     if entry.newer != NULL:
         entry.newer.older = entry.older
     else:
-        cache.newest = entry.older
+        order.newest = entry.older
     if entry.older != NULL:
         entry.older.newer = entry.newer
     else:
-        cache.oldest = entry.newer
+        order.oldest = entry.newer
     entry.newer = entry.older = NULL
 
 
 cdef void discard(cache_t* cache, entry_t* entry) noexcept nogil:
     cache.used -= sizeof(entry_t) + entry.capacity
+    if entry.kept:
+        cache.kept -= sizeof(entry_t) + entry.capacity
     free(entry)
 
 
 cdef void shrink(cache_t* cache) noexcept nogil:
     cdef entry_t* entry
-    while cache.used > cache.budget and cache.oldest != NULL:
-        entry = cache.oldest
+    cdef bint from_kept
+    while cache.used > cache.budget:
+        from_kept = cache.used - cache.kept <= cache.budget // PASSING_SHARE
+        entry = cache.orders[from_kept].oldest
+        if entry == NULL:
+            entry = cache.orders[not from_kept].oldest
+        if entry == NULL:
+            return  # all are in use
         unlink_use(cache, entry)
         unlink_bucket(cache, entry)
         discard(cache, entry)

@@ -1,8 +1,9 @@
 # cython: language_level=3
 """The checksum CRC-32C (Castagnoli), as ext4, jbd2, XFS and btrfs store it.
 
-Used by inside/, in the workers: Python alone makes 17 MB/s of it, and a dirty journal may hold a gigabyte. Slicing by
-eight, 1.4 GB/s here. The tables are made once, at import, and only read after it; the loop runs without the GIL.
+Used by inside/, in the workers, and by `_blockfile`: Python alone makes 17 MB/s of it, and a dirty journal may hold a
+gigabyte. Slicing by eight, 1.4 GB/s here. The tables are made once, at import, and only read after it; the loop runs
+without the GIL.
 """
 
 from cython cimport boundscheck
@@ -28,7 +29,7 @@ cdef void make_tables() noexcept nogil:
             table[row][byte] = (crc >> 8) ^ table[0][crc & 0xFF]
 
 
-cdef uint32_t update(uint32_t crc, const uint8_t *data, size_t length) noexcept nogil:
+cdef uint32_t crc32c_update(uint32_t crc, const uint8_t *data, size_t length) noexcept nogil:
     cdef size_t place = 0
     cdef uint32_t low
     while length - place >= 8:
@@ -59,7 +60,7 @@ cdef uint32_t carry_on(uint32_t crc, const uint8_t[::1] view) noexcept:
     if view.shape[0] == 0:
         return crc
     with nogil:
-        return update(crc, &view[0], <size_t> view.shape[0])
+        return crc32c_update(crc, &view[0], <size_t> view.shape[0])
 
 
 make_tables()

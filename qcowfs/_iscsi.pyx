@@ -10,7 +10,6 @@ any number of threads; `connect` and `close` from one.
 from libc.errno cimport EBADF, EIO, ESTALE
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.string cimport strncpy
 
 from qcowfs._iscsisession cimport (
     OFFLINE, ONLINE, big_endian, describe_login, facts_t, identity_t, same_unit, session_begin, session_end,
@@ -33,6 +32,7 @@ cdef enum:
     REPORTED_LUNS_CHANGED = 0x3F0E  # additional sense code
 
 cdef int64_t LONGEST_PAUSE = 2 * <int64_t>SECOND
+cdef int64_t LONGEST_SILENCE = 15 * <int64_t>SECOND  # as QEMU: three times 5 seconds
 
 
 cdef struct part_t:
@@ -75,7 +75,7 @@ cdef class LunSource(QueuedSource):
         QueuedSource.__init__(self, name, patience, LARGEST_REQUEST)
         describe_login(&session.login, login)
         self.lun.queue = &self.queue
-        session.silence = max(self.queue.patience // 2, <int64_t>1)
+        session.silence = min(max(self.queue.patience // 2, <int64_t>1), LONGEST_SILENCE)
         self.lun.longest_pause = min(LONGEST_PAUSE, self.queue.patience // 4)
         for i in range(IN_FLIGHT):
             self.lun.parts[i].lun = &self.lun
@@ -119,7 +119,7 @@ cdef class LunSource(QueuedSource):
 
     @property
     def facts(self):
-        """Block size in bytes, the unit's designator (VPD 0x83) and its serial number (VPD 0x80); empty: it has none."""
+        """Block size in bytes, the unit's designator (VPD 0x83) and its serial number (VPD 0x80); empty: none."""
         cdef identity_t* designator = &self.lun.facts.designator
         cdef identity_t* serial = &self.lun.facts.serial
         return (
@@ -158,7 +158,7 @@ cdef void serve_lun(void* argument) noexcept nogil:
             queue_woken(lun.queue)
         error = queue_failed(lun.queue)
     if in_flight(lun):  # their readers shall not wait for a logout
-        give_up(lun)
+        drop(lun)
     session_logout(session, monotonic() + SECOND)
 
 
@@ -192,14 +192,10 @@ cdef void welcome(lun_t* lun) noexcept nogil:
 
 
 cdef void give_up(lun_t* lun) noexcept nogil:
-    """End the session; what was in flight waits for the next one, which `prepare` begins."""
+    """End a session that failed; what was in flight waits for the next one, which `prepare` begins."""
     cdef session_t* session = &lun.session
     cdef char text[NEWS_SIZE]
-    cdef int i
-    session_end(session)
-    for i in range(IN_FLIGHT):
-        if lun.parts[i].request != NULL:  # libiscsi forgets commands of a session that it logged out
-            put_back(&lun.parts[i])
+    drop(lun)
     if not lun.online:
         session.portal = (session.portal + 1) % session.login.portal_count
     if lun.pause:  # one that is back at once is not worth a line
@@ -208,6 +204,14 @@ cdef void give_up(lun_t* lun) noexcept nogil:
     lun.online = 0
     lun.next_attempt = monotonic() + lun.pause
     lun.pause = min(max(2 * lun.pause, <int64_t>FIRST_PAUSE), lun.longest_pause)
+
+
+cdef void drop(lun_t* lun) noexcept nogil:
+    cdef int i
+    session_end(&lun.session)
+    for i in range(IN_FLIGHT):
+        if lun.parts[i].request != NULL:  # libiscsi forgets commands of a session that it logged out
+            put_back(&lun.parts[i])
 
 
 cdef bint in_flight(lun_t* lun) noexcept nogil:
@@ -346,6 +350,8 @@ cdef bint succeeded(part_t* part, int status, scsi_task* task) noexcept nogil:
     elif status == SCSI_STATUS_RESERVATION_CONFLICT:
         fail(part, b"another host has reserved the unit for itself", -2)
     else:  # the session was ended, or is of no use
+        if status == SCSI_STATUS_CANCELLED:
+            session_fail(&lun.session, b"the connection was lost")
         session_fail(&lun.session, iscsi_get_error(lun.session.context))
         put_back(part)
     return False

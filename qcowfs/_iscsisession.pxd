@@ -61,8 +61,8 @@ cdef struct session_t:
     facts_t facts
 
 
-# Fill `login` with initiator, target, user, password, target_user, target_password (bytes), portals ("address:port",
-# each bytes), lun (int) and header_digest ("none", "crc32c", or "": as the target likes). ValueError: too long.
+# Fill `login` with initiator, target, user, password, target_user, target_password (bytes), portals (a list of bytes,
+# "address:port"), lun (int) and header_digest ("none", "crc32c", or "": as the target likes). ValueError: too long.
 cdef int describe_login(login_t* login, dict words) except -1
 
 # Begin to connect. The rest is done by session_wait, until the state is ONLINE or `failed` is set.
@@ -76,7 +76,7 @@ cdef void session_logout(session_t* session, int64_t deadline) noexcept nogil
 cdef int session_wait(session_t* session, int wakeup, int64_t deadline) noexcept nogil
 # Send now what was submitted since.
 cdef void session_send(session_t* session) noexcept nogil
-# Take a target for dead that is silent for too long, and ask one that was silent for a while. Returns when to come back.
+# Take a target for dead that is silent for too long, and ask one that was silent for a while. Returns the next time.
 cdef int64_t session_watch(session_t* session, int64_t now) noexcept nogil
 cdef void session_fail(session_t* session, const char* why) noexcept nogil
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from qcowfs.errors import GateRefused, SourceError, printable
 from qcowfs.policy import Policy, load_policy
-from qcowfs.source.remote import DEFAULT_SETTINGS, Remote, RemoteSettings, open_remote
+from qcowfs.source.remote import Remote, Remotes
 from qcowfs.source.url import Url
 
 __all__ = ["Gate", "Policy", "load_policy"]
 
+DEVICES = "/dev"
 KERNEL_DIRECTORIES = ("/proc", "/sys")
 # Their "regular files" are switches, the memory of others, and pipes whose reading never ends (/proc/kmsg), wherever
 # they are mounted.
@@ -57,9 +58,9 @@ class _Name:
 class Gate:
     """Opens the files of one chain, and knows what its opened layers vouch for."""
 
-    def __init__(self, policy: Policy, remote: RemoteSettings = DEFAULT_SETTINGS) -> None:
+    def __init__(self, policy: Policy, remotes: Remotes | None = None) -> None:
         self._policy = policy
-        self._remote = remote
+        self._remotes = remotes or Remotes()
         self._servers: set[tuple[str, ...]] = set()  # folders of URLs: what lies right in them may be named
         self._trees: list[str] = []  # real directories: regular files in and below them may be named
         self._directories: list[str] = []  # real directories: regular files right in them may be named
@@ -87,7 +88,7 @@ class Gate:
         Raises:
             ImageError: it cannot be opened.
         """
-        remote = open_remote(url, self._remote)
+        remote = self._remotes.open(url)
         self._servers.add(url.directory)
         return remote
 
@@ -106,7 +107,7 @@ class Gate:
                 raise name.refused(self._why_guessed(), allowed_by=url.shown)
             if url.directory not in self._servers:
                 raise name.refused("it lies outside the folders of the image's layers", allowed_by=url.shown)
-        return open_remote(url, self._remote)
+        return self._remotes.open(url)
 
     def open_named_file(self, path: str, *, named_by: str, role: str) -> int:
         """Open what an image names; returns a descriptor. Everything that an image names comes through here.
@@ -153,13 +154,29 @@ class Gate:
         """Judge by the name alone, before anything there is touched."""
         if any(_is_below(name.resolved, directory) for directory in KERNEL_DIRECTORIES):
             raise name.refused("no file of the kernel's own is ever opened for an image")
-        if self._policy.covers(name.resolved):
+        if self._covered(name):
             return
         directory = os.path.dirname(name.resolved)
+        if _is_below(directory, DEVICES):
+            raise name.refused("a block device needs to be allowed", allowed_by=name.path)
         if self._guessed is not None:
             raise name.refused(self._why_guessed(), allowed_by=directory)
         if directory not in self._directories and not any(_is_below(name.resolved, tree) for tree in self._trees):
             raise name.refused("it lies outside the directories of the image's layers", allowed_by=directory)
+
+    def _covered(self, name: _Name) -> bool:
+        """Tell whether a person's word allows the name.
+
+        /dev/group/volume stays and leads to another /dev/dm-3 tomorrow, so the words of a person are about the former,
+        where only root makes such links.
+        """
+        if self._policy.covers(name.resolved):
+            return True
+        plain = _is_below(name.path, DEVICES) and os.path.normpath(name.path) == name.path
+        if not plain or not _is_below(name.resolved, DEVICES) or not self._policy.covers(name.path):
+            return False
+        directory = os.stat(os.path.dirname(name.path))
+        return directory.st_uid == 0 and not directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
     def _judge_file(self, name: _Name, place: int) -> None:
         """Judge by what is there, which is held but not open yet."""
@@ -167,8 +184,7 @@ class Gate:
         # A disk on a real device has a major number; only the others are worth a look into the table of mounts.
         if os.major(status.st_dev) == 0 and _file_system(place) in KERNEL_FILE_SYSTEMS:
             raise name.refused("no file of the kernel's own is ever opened for an image")
-        if stat.S_ISBLK(status.st_mode) and not self._policy.covers(name.resolved):
-            # By the name as written: /dev/group/volume stays, the /dev/dm-3 that it leads to does not.
+        if stat.S_ISBLK(status.st_mode) and not self._covered(name):
             raise name.refused("a block device needs to be allowed", allowed_by=name.path)
 
 

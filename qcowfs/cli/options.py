@@ -11,7 +11,7 @@ import logging
 from qcowfs import chain, gate, mountoptions
 from qcowfs.errors import UsageError, printable
 from qcowfs.limits import DEFAULT_CACHE_DIRECTORY, DEFAULT_PATIENCE, MAX_PATIENCE, MIN_PATIENCE
-from qcowfs.source.remote import RemoteSettings
+from qcowfs.source.remote import Remotes, RemoteSettings
 
 __all__ = [
     "add_image_options",
@@ -19,7 +19,6 @@ __all__ = [
     "add_json_option",
     "add_opening_options",
     "open_chain",
-    "remote_settings",
 ]
 
 logger = logging.getLogger("qcowfs")
@@ -92,14 +91,23 @@ def open_chain(args: argparse.Namespace, other: str | None = None, *, other_form
     """
     policy = gate.load_policy(args.allow_backing)
     image, image_format = (args.image, args.image_format) if other is None else (other, other_format)
-    remote = remote_settings(args)
-    opened = chain.open_chain(image, policy, lock=not args.no_lock, image_format=image_format, remote=remote)
+    opened = chain.open_chain(
+        image, policy, lock=not args.no_lock, image_format=image_format, remotes=_remotes_of(args)
+    )
     for warning in opened.warnings:
         logger.warning("%s", warning)
     return opened
 
 
-def remote_settings(args: argparse.Namespace) -> RemoteSettings:
+def _remotes_of(args: argparse.Namespace) -> Remotes:
+    """Return what opens URLs as `args` say: one for all images of a command, which share its caches."""
+    if "remotes" not in args:
+        args.remotes = Remotes(_remote_settings(args))
+    remotes: Remotes = args.remotes
+    return remotes
+
+
+def _remote_settings(args: argparse.Namespace) -> RemoteSettings:
     """Return what `args` say about servers.
 
     Raises:

@@ -10,5 +10,14 @@ cdef extern from "<unistd.h>" nogil:
 
     Py_ssize_t c_pread "pread"(int fd, void* buffer, size_t length, int64_t offset)
     int64_t c_lseek "lseek"(int fd, int64_t offset, int whence)
+    Py_ssize_t c_pwrite "pwrite"(int fd, const void* buffer, size_t length, int64_t offset)
     int c_close "close"(int fd)
+    # ...
+
+cdef extern from "<fcntl.h>" nogil:
+    enum:
+        FALLOC_FL_KEEP_SIZE
+        FALLOC_FL_PUNCH_HOLE
+
+    int c_fallocate "fallocate"(int fd, int mode, int64_t offset, int64_t length)
     # ...

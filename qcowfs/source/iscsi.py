@@ -34,7 +34,7 @@ INITIATOR = "iqn.2008-11.org.linux-kvm"
 TURN = 0.1  # seconds between two looks at Ctrl-C
 _SERVER = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+)(?::(\d{1,5}))?")
 _PATH = re.compile(r"/([^/]+)/(\d{1,5})")
-_ERRNO = re.compile(r"\((\d+)\)")
+_CONNECTING = re.compile(rf"{CONNECTING}[^()]*\((\d+)\)\.?")
 _WORLDWIDE_NAA = b"\x02\x05\x06"  # assigned by the IEEE to one unit of the whole world; 3 is the administrator's own
 _NAA, _EUI64 = 3, 2  # designator types
 
@@ -79,7 +79,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
     except BaseException:
         source.close()
         raise
-    log_news(source)
+    log_news(source, _worded)
     return Remote(source=source)
 
 
@@ -164,17 +164,23 @@ def _wait(source: LunSource, seconds: float) -> None:
 
 def _refuse(url: Url, login: Login, reason: str) -> NoReturn:
     """Tell a person what libiscsi said."""
-    number = _ERRNO.search(reason)
-    if reason.startswith(CONNECTING) and number is not None:
-        error = OSError(int(number[1]), os.strerror(int(number[1])))
-        raise SourceError.from_oserror(url.shown, "cannot connect", error)
+    connecting = _CONNECTING.match(reason)
+    if connecting is not None:
+        code = int(connecting[1])
+        raise SourceError.from_oserror(url.shown, "cannot connect", OSError(code, os.strerror(code)))
     for word, code, what, why, hint in _REASONS:
         if word in reason:
             hint = hint.format(server=url.server, initiator=os.fsdecode(login["initiator"]))
-            failure = SourceError(url.shown, what, why or printable(reason), hint=hint)
+            failure = SourceError(url.shown, what, why or _worded(reason), hint=hint)
             failure.errno = code
             raise failure
-    raise SourceError(url.shown, "cannot log in", printable(" ".join(reason.split())))
+    raise SourceError(url.shown, "cannot log in", _worded(reason))
+
+
+def _worded(reason: str) -> str:
+    """Return a reason of libiscsi in one line of plain words; a target may have chosen some of them."""
+    plain = _CONNECTING.sub(lambda found: f"cannot connect: {os.strerror(int(found[1]))}", reason)
+    return printable(" ".join(plain.split()))
 
 
 def _identity(login: Login, facts: tuple[int, bytes, bytes]) -> tuple[object, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,12 +18,16 @@ __all__ = ["log_news"]
 logger = logging.getLogger("qcowfs.source")
 
 
-def log_news(source: QueuedSource) -> None:
-    """Write into the log what `source` tells, until it is closed."""
-    threading.Thread(target=_log, args=(source,), name="qcowfs-news", daemon=True).start()
+def log_news(source: QueuedSource, worded: Callable[[str], str] = str) -> None:
+    """Write into the log what `source` tells, until it is closed.
+
+    Args:
+        worded: puts a library's words into those of a person.
+    """
+    threading.Thread(target=_log, args=(source, worded), name="qcowfs-news", daemon=True).start()
 
 
-def _log(source: QueuedSource) -> None:
+def _log(source: QueuedSource, worded: Callable[[str], str]) -> None:
     while (news := source.news()) is not None:
         kind, text = news
-        logger.log(logging.INFO if kind == "back" else logging.WARNING, "%s: %s", source.name, text)
+        logger.log(logging.INFO if kind == "back" else logging.WARNING, "%s: %s", source.name, worded(text))

@@ -7,17 +7,20 @@ library with it, so that nobody needs the libraries of protocols that he does no
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from qcowfs import limits
-from qcowfs.errors import UnsupportedImage
+from qcowfs.errors import UnsupportedImage, printable
 
 if TYPE_CHECKING:
+    from qcowfs._blocks import BlockCache
     from qcowfs._source import Source
+    from qcowfs.source.cachedir import CacheDirectory
     from qcowfs.source.url import Url
 
-__all__ = ["DEFAULT_SETTINGS", "SCHEMES", "Remote", "RemoteSettings", "open_remote"]
+__all__ = ["SCHEMES", "Remote", "RemoteSettings", "Remotes"]
 
 # The room of each scheme, in this folder.
 SCHEMES = {
@@ -78,15 +81,57 @@ class _Room(Protocol):
     def open_url(self, url: Url, settings: RemoteSettings) -> Remote: ...
 
 
-def open_remote(url: Url, settings: RemoteSettings) -> Remote:
-    """Open `url` for reading.
+class Remotes:
+    """Opens URLs, each behind a cache of blocks that all of them share. One of a process; any thread."""
 
-    Raises:
-        UnsupportedImage: no protocol that is known here, or its library is not installed.
-        SourceError: it is missing, not allowed, or the server does not answer.
-    """
-    room = SCHEMES.get(url.scheme)
-    if room is None:
-        raise UnsupportedImage(url.shown, f"the protocol {url.scheme}", f"one of {', '.join(SCHEMES)} was expected")
-    opener: _Room = importlib.import_module(f"qcowfs.source.{room}")
-    return opener.open_url(url, settings)
+    def __init__(self, settings: RemoteSettings = DEFAULT_SETTINGS) -> None:
+        self._settings = settings
+        self._making = threading.Lock()
+        self._blocks: BlockCache | None = None
+        self._directory: CacheDirectory | None = None
+
+    def open(self, url: Url) -> Remote:
+        """Open `url` for reading.
+
+        Raises:
+            UnsupportedImage: no protocol that is known here, or its library is not installed.
+            SourceError: it is missing, not allowed, or the server does not answer.
+            UsageError: the directory for blocks cannot be used.
+        """
+        room = SCHEMES.get(url.scheme)
+        if room is None:
+            why = f"one of {', '.join(SCHEMES)} was expected"
+            raise UnsupportedImage(url.shown, f"the protocol {printable(url.scheme)}", why)
+        opener: _Room = importlib.import_module(f"qcowfs.source.{room}")
+        self._caches()  # before a server is asked: the directory may be unusable
+        remote = opener.open_url(url, self._settings)
+        return replace(remote, source=self._cached(remote.source, remote.version))
+
+    def open_foreign(self, base: Source, descriptor: int, image_format: str) -> Source:
+        """Return the disk in an image of this machine that QEMU reads for us; see source/foreign.
+
+        Raises:
+            ImageError: as foreign.open_foreign.
+        """
+        from qcowfs.source import foreign
+
+        return self._cached(foreign.open_foreign(base, descriptor, image_format, self._settings), None)
+
+    def _cached(self, source: Source, version: str | None) -> Source:
+        from qcowfs._blocks import BlockSource  # who opens no URL does not wait for it
+
+        blocks, directory = self._caches()
+        return BlockSource(blocks, source, directory=directory, version=version)
+
+    def _caches(self) -> tuple[BlockCache, CacheDirectory | None]:
+        from qcowfs._blocks import BlockCache
+        from qcowfs.source.cachedir import CacheDirectory
+
+        with self._making:
+            if self._blocks is None:
+                if self._settings.cache_directory is not None:
+                    self._directory = CacheDirectory(
+                        self._settings.cache_directory, self._settings.cache_directory_size
+                    )
+                self._blocks = BlockCache(limits.DEFAULT_BLOCK_CACHE)
+            return self._blocks, self._directory

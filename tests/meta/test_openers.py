@@ -39,6 +39,8 @@ KNOWN = {
     ("gate.py", "_open_by_person"): "what a person named",
     ("gate.py", "_open_without_links"): "what an image names, once it was judged",
     ("gate.py", "_reopen"): "what a descriptor stands for",
+    ("gate.py", "open_image_url"): "a URL that a person named",
+    ("gate.py", "open_named_url"): "a URL that an image names, once it was judged",
     ("inside/forker.py", "_become_small"): "the kernel's setting of a process",
     ("inside/forker.py", "_keep_only"): "/dev/null",
     ("inside/worker.py", "_mapped"): "the kernel's facts about a process",
@@ -58,6 +60,10 @@ KNOWN = {
     ("restore/restorer.py", "_equip"): "what was just made",
     ("source/childsource.py", "_listen"): "a socket of its own, for a moment",
     ("source/launch.py", "_see_only"): "where programs and libraries are, to be seen by the program",
+    ("source/cachedir.py", "_alone"): "the directory for blocks that a person named",
+    ("source/cachedir.py", "_file"): "files in it that have a name of ours",
+    ("source/cachedir.py", "_open_directory"): "the directory for blocks that a person named",
+    ("source/cachedir.py", "_opened"): "a file in it under a name of ours",
     ("watcher.py", "_let_go_of_everything_but"): "/dev/null",
 }
 

@@ -16,6 +16,7 @@ import pytest
 from qcowfs import gate
 from qcowfs.errors import GateRefused, SourceError
 from qcowfs.gate import Gate, Policy
+from qcowfs.source.remote import Remotes
 from qcowfs.source.url import Url, parse_url
 
 
@@ -316,10 +317,10 @@ class TestUrls:
     def opened_urls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found: list[str] = []
 
-        def open_remote(url: Url, _settings: object) -> None:
+        def open_remote(_remotes: Remotes, url: Url) -> None:
             found.append(url.text)
 
-        monkeypatch.setattr(gate, "open_remote", open_remote)
+        monkeypatch.setattr(Remotes, "open", open_remote)
         return found
 
     def name(self, opener: Gate, text: str) -> None:

@@ -1,0 +1,273 @@
+# cython: language_level=3, cdivision=True
+"""Reading a remote source block by block.
+
+Used by `_blocks`. No GIL, any number of threads at once. A block is fetched by the first who wants it, reader or helper;
+others wait for it. A helper only does earlier what the reader would do, so nobody depends on there being one.
+"""
+
+from libc.errno cimport EAGAIN, EBADF, EIO, ENOMEM
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
+
+from qcowfs._blockfile cimport BLOCK, blockfile_read, blockfile_write
+from qcowfs._cache cimport (
+    KIND_BLOCK, STATE_FAILED, STATE_LOADING, cache_abandon, cache_acquire, cache_begin, cache_find, cache_forget,
+    cache_peek, cache_publish, cache_release, entry_t,
+)
+from qcowfs._interruptible cimport in_main_thread, read_interruptibly
+from qcowfs._pool cimport MOST_THREADS, pool_add, pool_drain
+from qcowfs._source cimport source_t
+from qcowfs._statuses cimport statuses_ask
+from qcowfs._streams cimport streams_follow
+from qcowfs.clib.atomic cimport atomic_add, atomic_add_64, atomic_load, atomic_subtract
+
+cdef enum:
+    QUICK_NS = 2000000000  # a failure that came sooner is of some block, and not a server that does not answer
+    WAIT_NS = 1000000  # between two looks whether the last reader has gone
+
+
+cdef void blocks_finish(blocks_t* blocks) noexcept nogil:
+    cdef timespec pause
+    pause.tv_sec = 0
+    pause.tv_nsec = WAIT_NS
+    while atomic_load(&blocks.readers):  # they hand out tasks
+        nanosleep(&pause, NULL)
+    pool_drain(&blocks.shared.fetchers, blocks)
+    pool_drain(&blocks.shared.writer, blocks)
+    cache_forget(blocks.shared.cache, blocks.identity)
+
+
+cdef int64_t blocks_pread(const source_t* source, void* buffer, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef blocks_t* blocks = <blocks_t*>source.state
+    cdef int64_t got
+    if offset >= blocks.size or length == 0:
+        return 0
+    length = min(length, blocks.size - offset)
+    atomic_add(&blocks.readers, 1)
+    if atomic_load(&blocks.closing):  # looked at after `readers` was counted up: blocks_finish looks in the other order
+        got = -EBADF
+    elif in_main_thread() and not is_there(blocks, length, offset):
+        got = read_interruptibly(&blocks.shared.fetchers, read_all, blocks, buffer, length, offset)
+    else:
+        got = read_all(blocks, buffer, length, offset)
+    atomic_subtract(&blocks.readers, 1)
+    return got
+
+
+cdef bint is_there(blocks_t* blocks, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef entry_t* entry
+    cdef uint64_t number
+    for number in range(offset // BLOCK, (offset + length - 1) // BLOCK + 1):
+        entry = cache_peek(blocks.shared.cache, KIND_BLOCK, blocks.identity, number)
+        if entry == NULL:
+            return False
+        cache_release(blocks.shared.cache, entry)
+    return True
+
+
+cdef int blocks_status(const source_t* source, uint64_t offset, uint64_t* length) noexcept nogil:
+    cdef blocks_t* blocks = <blocks_t*>source.state
+    return statuses_ask(&blocks.statuses, blocks.base, blocks.size, offset, length)
+
+
+cdef int64_t blocks_end(const source_t* source) noexcept nogil:
+    return <int64_t>(<blocks_t*>source.state).size
+
+
+cdef int64_t read_all(void* owner, void* buffer, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef blocks_t* blocks = <blocks_t*>owner
+    cdef uint64_t end = offset + length
+    cdef uint64_t done = 0
+    cdef uint64_t piece
+    cdef uint64_t start
+    cdef uint64_t upto
+    cdef bint spread = False
+    cdef int failure
+    if atomic_load(&blocks.closing):
+        return -EBADF
+    if streams_follow(&blocks.shared.streams, blocks.identity, offset, end, blocks.size, &start, &upto):
+        hand_out(blocks, start // BLOCK, (upto - 1) // BLOCK, False)
+    while done < length:
+        piece = min(BLOCK - (offset + done) % BLOCK, length - done)
+        failure = read_piece(blocks, <unsigned char*>buffer + done, piece, offset + done, end, &spread)
+        if failure:
+            return -failure
+        done += piece
+    return <int64_t>length
+
+
+cdef int read_piece(
+    blocks_t* blocks, unsigned char* buffer, uint64_t length, uint64_t offset, uint64_t end,
+    bint* spread) noexcept nogil:
+    """Read what is wanted of one block. `end` is that of the whole read. Returns 0 or an errno."""
+    cdef shared_t* shared = blocks.shared
+    cdef uint64_t number = offset // BLOCK
+    cdef entry_t* entry = cache_find(shared.cache, KIND_BLOCK, blocks.identity, number)
+    cdef timespec begin
+    cdef int failure
+    if entry != NULL:
+        atomic_add_64(&shared.hits, 1)
+    else:
+        clock_gettime(CLOCK_MONOTONIC, &begin)
+        entry = cache_acquire(shared.cache, KIND_BLOCK, blocks.identity, number, BLOCK)
+        if entry == NULL:
+            return read_directly(blocks, buffer, length, offset)
+        if entry.state == STATE_LOADING:
+            atomic_add_64(&shared.misses, 1)
+            if not spread[0]:
+                spread[0] = True
+                hand_out(blocks, number + RUN, (end - 1) // BLOCK, True)
+            load(blocks, entry, number, (end - 1) // BLOCK)
+        else:
+            atomic_add_64(&shared.hits, 1)
+    failure = entry.failure if entry.state == STATE_FAILED else 0
+    if not failure:
+        memcpy(buffer, entry.payload + offset % BLOCK, length)
+    cache_release(shared.cache, entry)
+    if failure and is_quick(&begin) and not atomic_load(&blocks.closing):
+        # The request was for more than this reader wants, and one bad sector of it is no reason to refuse the rest.
+        return read_directly(blocks, buffer, length, offset)
+    return failure
+
+
+cdef int read_directly(blocks_t* blocks, unsigned char* buffer, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef int64_t got = ask(blocks, buffer, length, offset)
+    return <int>-got if got < 0 else 0
+
+
+cdef bint is_quick(const timespec* begin) noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return (now.tv_sec - begin.tv_sec) * 1000000000 + now.tv_nsec - begin.tv_nsec < QUICK_NS
+
+
+cdef void hand_out(blocks_t* blocks, uint64_t first, uint64_t last, bint urgent) noexcept nogil:
+    """Have helpers load blocks `first` to `last`, a request each; what is there already costs nothing."""
+    cdef uint64_t requests
+    cdef uint64_t number
+    cdef uint64_t start
+    if first > last:
+        return
+    requests = min((last - first) // RUN + 1, <uint64_t>MOST_THREADS)
+    for number in range(requests):
+        start = first + (requests - 1 - number if urgent else number) * RUN  # each urgent one goes before the last one
+        if not pool_add(&blocks.shared.fetchers, help, blocks, start, min(start + RUN - 1, last), urgent):
+            return
+
+
+cdef void help(void* owner, uint64_t first, uint64_t last) noexcept nogil:
+    cdef blocks_t* blocks = <blocks_t*>owner
+    cdef entry_t* entry
+    while first <= last and not atomic_load(&blocks.closing):
+        entry = cache_begin(blocks.shared.cache, KIND_BLOCK, blocks.identity, first, BLOCK)
+        if entry == NULL:
+            first += 1
+            continue
+        first += load(blocks, entry, first, last)
+        cache_release(blocks.shared.cache, entry)
+
+
+cdef uint64_t load(blocks_t* blocks, entry_t* entry, uint64_t number, uint64_t last) noexcept nogil:
+    """Load `entry`, which is block `number`, with those after it up to `last` that nobody has; returns how many."""
+    cdef entry_t* entries[RUN]
+    cdef uint64_t count = 1
+    cdef uint64_t place
+    cdef uint64_t start
+    entries[0] = entry
+    while count < RUN and number + count <= last:
+        entries[count] = cache_begin(blocks.shared.cache, KIND_BLOCK, blocks.identity, number + count, BLOCK)
+        if entries[count] == NULL:
+            break
+        count += 1
+    if blocks.kept != NULL:
+        for place in range(count):
+            restore(blocks, entries[place], number + place)
+    start = 0
+    while start < count:
+        place = start
+        while place < count and entries[place].state == STATE_LOADING:
+            place += 1
+        if place > start:
+            fetch(blocks, entries + start, number + start, place - start)
+        start = place + 1
+    for place in range(1, count):
+        cache_release(blocks.shared.cache, entries[place])
+    return count
+
+
+cdef inline uint64_t length_of(const blocks_t* blocks, uint64_t number, uint64_t count) noexcept nogil:
+    return min(count * BLOCK, blocks.size - number * BLOCK)
+
+
+cdef void restore(blocks_t* blocks, entry_t* entry, uint64_t number) noexcept nogil:
+    cdef uint64_t length = length_of(blocks, number, 1)
+    if blockfile_read(blocks.kept, number, entry.payload, length):
+        cache_publish(blocks.shared.cache, entry, length)
+        atomic_add_64(&blocks.shared.restored, 1)
+
+
+cdef void fetch(blocks_t* blocks, entry_t** entries, uint64_t number, uint64_t count) noexcept nogil:
+    cdef uint64_t length = length_of(blocks, number, count)
+    cdef unsigned char* buffer = entries[0].payload if count == 1 else <unsigned char*>malloc(length)
+    cdef int64_t got = -ENOMEM
+    cdef uint64_t place
+    cdef uint64_t valid
+    if buffer != NULL:
+        got = ask(blocks, buffer, length, number * BLOCK)
+    for place in range(count):
+        if got < 0:
+            cache_abandon(blocks.shared.cache, entries[place], <int>-got)
+            continue
+        valid = length_of(blocks, number + place, 1)
+        if count > 1:
+            memcpy(entries[place].payload, buffer + place * BLOCK, valid)
+        cache_publish(blocks.shared.cache, entries[place], valid)
+    if count > 1:
+        free(buffer)
+    if got >= 0 and blocks.kept != NULL and not atomic_load(&blocks.kept.allowance.stopped):
+        pool_add(&blocks.shared.writer, keep, blocks, number, number + count - 1, False)
+
+
+cdef int64_t ask(blocks_t* blocks, unsigned char* buffer, uint64_t length, uint64_t offset) noexcept nogil:
+    """Read from the base: all of it, or -errno."""
+    cdef int64_t got = blocks.base.pread(blocks.base, buffer, length, offset)
+    atomic_add_64(&blocks.shared.requests, 1)
+    if got >= 0:
+        atomic_add_64(&blocks.shared.fetched, <uint64_t>got)
+        if <uint64_t>got != length:
+            return -EIO  # it became shorter than it was
+    return got
+
+
+cdef void keep(void* owner, uint64_t first, uint64_t last) noexcept nogil:
+    """Write blocks to the directory, if they are still in memory."""
+    cdef blocks_t* blocks = <blocks_t*>owner
+    cdef uint64_t number
+    cdef entry_t* entry
+    for number in range(first, last + 1):
+        entry = cache_peek(blocks.shared.cache, KIND_BLOCK, blocks.identity, number)
+        if entry != NULL:
+            write(blocks, number, entry)
+            cache_release(blocks.shared.cache, entry)
+
+
+cdef void write(blocks_t* blocks, uint64_t number, const entry_t* entry) noexcept nogil:
+    cdef int failure
+    if atomic_load(&blocks.kept.allowance.stopped):
+        return
+    failure = blockfile_write(blocks.kept, number, entry.payload, entry.valid)
+    if failure == EAGAIN:
+        tidy(blocks.directory)
+        failure = blockfile_write(blocks.kept, number, entry.payload, entry.valid)
+    if failure and failure != EAGAIN:
+        give_up(blocks.directory, failure)
+
+
+cdef void tidy(void* directory) noexcept with gil:
+    (<object>directory).tidy()
+
+
+cdef void give_up(void* directory, int failure) noexcept with gil:
+    (<object>directory).give_up(failure)
