@@ -5,8 +5,8 @@
 #
 # Nobody locks it to read or write: all that write a block write the same bytes, because the file belongs to one version
 # of the image, and a record whose checksum does not agree with the block is as none. A block is written before its
-# record, and a record is zeroed before the block is punched out, so whoever is killed in between leaves at worst a block
-# that is fetched again.
+# record, and a record is zeroed before the block is punched out, so whoever is killed in between leaves at worst a
+# block that is fetched again.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 

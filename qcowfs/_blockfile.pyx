@@ -1,8 +1,9 @@
 # cython: language_level=3, cdivision=True
 """A file with blocks of one remote image, and how its oldest are let go.
 
-Used by `_blocks` (reads, without the GIL from any number of threads at once; writes, from one) and by source/cachedir,
-which opens the files and decides how much has to go. What is in a file is believed only as far as a checksum says so.
+Used by `_blockread` (reads, without the GIL from any number of threads at once; writes, from one) and by
+source/cachedir, which opens the files and decides how much has to go. What is in a file is believed only as far as a
+checksum says so.
 """
 
 from array import array

@@ -1,8 +1,8 @@
 # cython: language_level=3, cdivision=True
 """Reading a remote source block by block.
 
-Used by `_blocks`. No GIL, any number of threads at once. A block is fetched by the first who wants it, reader or helper;
-others wait for it. A helper only does earlier what the reader would do, so nobody depends on there being one.
+Used by `_blocks`. No GIL, any number of threads at once. A block is fetched by the first who wants it, reader or
+helper; others wait for it. A helper only does earlier what the reader would do, so nobody depends on there being one.
 """
 
 from libc.errno cimport EAGAIN, EBADF, EIO, ENOMEM
@@ -83,7 +83,7 @@ cdef int64_t read_all(void* owner, void* buffer, uint64_t length, uint64_t offse
     cdef uint64_t piece
     cdef uint64_t start
     cdef uint64_t upto
-    cdef bint spread = False
+    cdef uint64_t handed_out = 0
     cdef int failure
     if atomic_load(&blocks.closing):
         return -EBADF
@@ -91,7 +91,7 @@ cdef int64_t read_all(void* owner, void* buffer, uint64_t length, uint64_t offse
         hand_out(blocks, start // BLOCK, (upto - 1) // BLOCK, False)
     while done < length:
         piece = min(BLOCK - (offset + done) % BLOCK, length - done)
-        failure = read_piece(blocks, <unsigned char*>buffer + done, piece, offset + done, end, &spread)
+        failure = read_piece(blocks, <unsigned char*>buffer + done, piece, offset + done, end, &handed_out)
         if failure:
             return -failure
         done += piece
@@ -100,8 +100,11 @@ cdef int64_t read_all(void* owner, void* buffer, uint64_t length, uint64_t offse
 
 cdef int read_piece(
     blocks_t* blocks, unsigned char* buffer, uint64_t length, uint64_t offset, uint64_t end,
-    bint* spread) noexcept nogil:
-    """Read what is wanted of one block. `end` is that of the whole read. Returns 0 or an errno."""
+    uint64_t* handed_out) noexcept nogil:
+    """Read what is wanted of one block. Returns 0 or an errno.
+
+    `end` is that of the whole read, of which helpers were given the blocks before `handed_out`.
+    """
     cdef shared_t* shared = blocks.shared
     cdef uint64_t number = offset // BLOCK
     cdef entry_t* entry = cache_find(shared.cache, KIND_BLOCK, blocks.identity, number)
@@ -116,8 +119,8 @@ cdef int read_piece(
             return read_directly(blocks, buffer, length, offset)
         if entry.state == STATE_LOADING:
             atomic_add_64(&shared.misses, 1)
-            if not spread[0]:
-                spread[0] = True
+            if number >= handed_out[0]:
+                handed_out[0] = number + RUN + MOST_THREADS * RUN
                 hand_out(blocks, number + RUN, (end - 1) // BLOCK, True)
             load(blocks, entry, number, (end - 1) // BLOCK)
         else:

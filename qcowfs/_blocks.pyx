@@ -8,7 +8,7 @@ closing: any thread. docs/decisions/0010-block-cache.md has the reasons.
 import threading
 
 from cython cimport no_gc_clear
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 
 from qcowfs._blockfile cimport BLOCK
 from qcowfs._blockread cimport blocks_end, blocks_finish, blocks_pread, blocks_status

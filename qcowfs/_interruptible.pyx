@@ -1,8 +1,8 @@
 # cython: language_level=3, cdivision=True
 """Reads that Ctrl-C can interrupt, whatever they wait for.
 
-Used by `_blocks`, for the main thread only: Python runs signal handlers nowhere else, and not while it waits in C. A read
-that nobody waits for any more goes on by itself, into memory of its own.
+Used by `_blockread`, for the main thread only: Python runs signal handlers nowhere else, and not while it waits in C. A
+read that nobody waits for any more goes on by itself, into memory of its own.
 """
 
 from libc.errno cimport EINTR

@@ -1,8 +1,8 @@
 # cython: language_level=3, cdivision=True
 """A pool of threads that do tasks for others.
 
-Used by `_blocks`: many requests are on their way to a server at once, and what arrived is written to the disk meanwhile.
-No Python of its own; what a task does is its own business.
+Used by `_blockread`: many requests are on their way to a server at once, and what arrived is written to the disk
+meanwhile. No Python of its own; what a task does is its own business.
 """
 
 from libc.stdint cimport uint32_t, uint64_t

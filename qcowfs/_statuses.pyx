@@ -1,8 +1,8 @@
 # cython: language_level=3, cdivision=True
 """Answers of remote sources to "is this data or a hole?".
 
-Used by `_blocks`. No Python, no GIL; any thread. A question costs a way to the server and back, whatever its length, so
-more is asked than is wanted, and what was answered is remembered.
+Used by `_blockread`. No Python, no GIL; any thread. A question costs a way to the server and back, whatever its length,
+so more is asked than is wanted, and what was answered is remembered.
 """
 
 from libc.errno cimport EIO

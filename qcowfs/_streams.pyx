@@ -1,9 +1,9 @@
 # cython: language_level=3, cdivision=True
 """Sequential readers of remote sources, and how far ahead of each is worth reading.
 
-Used by `_blocks`. No Python, no GIL; any thread. The window is twice what the reader has read, so a reader that stops
-early has cost at most three times what it wanted; it ends where all windows together would fill what the cache has for
-data that was not used yet.
+Used by `_blockread`. No Python, no GIL; any thread. The window is twice what the reader has read, so a reader that
+stops early has cost at most three times what it wanted; it ends where all windows together would fill what the cache
+has for data that was not used yet.
 """
 
 from libc.stdint cimport uint32_t, uint64_t

@@ -19,7 +19,7 @@ from qcowfs.gate import Gate, Policy
 from qcowfs.layer import Layer
 from qcowfs.qcow2 import header as qcow2
 from qcowfs.qcow2.snapshots import SnapshotEntry, read_snapshots
-from qcowfs.source import foreignformat
+from qcowfs.source import foreign
 from qcowfs.source.file import File, open_file, remote_file
 from qcowfs.source.lock import LocksUnsupported, hold_reader_locks, writer_present
 from qcowfs.source.remote import Remotes
@@ -85,7 +85,7 @@ def open_chain(
         UsageError: `image` is a URL that makes no sense.
         ImageError: some layer cannot be opened, read or allowed; nothing stays open.
     """
-    opener = _Opener(policy, remotes, lock=lock)
+    opener = _Opener(policy, remotes or Remotes(), lock=lock)
     try:
         opener.open_all(image, image_format)
     except BaseException:
@@ -109,9 +109,9 @@ def _person_url(text: str) -> Url:
 class _Opener:
     """Opens layer after layer; what it holds is closed by `close` if anything fails."""
 
-    def __init__(self, policy: Policy, remotes: Remotes | None, *, lock: bool) -> None:
-        self._remotes = remotes or Remotes()
-        self._gate = Gate(policy, self._remotes)
+    def __init__(self, policy: Policy, remotes: Remotes, *, lock: bool) -> None:
+        self._gate = Gate(policy, remotes)
+        self._remotes = remotes
         self._lock = lock
         self._loose: list[File] = []  # opened, and not part of a layer yet
         self._seen: dict[Hashable, Layer] = {}  # files that were opened as qcow2 or qcow
@@ -177,7 +177,7 @@ class _Opener:
         data = self._data_file(file, header)
         if data is not None:
             written = self._written_by_other(data) or written
-        source = self._served(file, image_format) if image_format in foreignformat.FORMATS else file.source
+        source = self._served(file, image_format) if image_format in foreign.FORMATS else file.source
         return Layer(
             depth=len(self.layers),
             path=file.path,
@@ -202,7 +202,7 @@ class _Opener:
         if file.descriptor is None:
             why = "only files and block devices of this machine are given to QEMU"
             raise UnsupportedImage(file.path, f"a {image_format} image on a server", why)
-        return self._remotes.open_foreign(file.source, file.descriptor, image_format)
+        return foreign.open_foreign(file.source, file.descriptor, image_format, self._remotes.settings)
 
     def _open_named(self, by: File | Layer, said: FileName, role: str) -> File:
         url = said.url or (by.url and not said.path.startswith("/") and by.url.beside(said.path))

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -31,6 +32,7 @@ ALLOWANCE_SHARE = 32  # of the bound: what a process may write until it looks ag
 FULL = 7 / 8  # of the bound: then the oldest goes; four processes that use up their allowances do not pass the bound
 KEPT = 3 / 4  # of the bound: so much is left
 TRIES = 8  # to open a file that others remove at the same time
+PAUSE = 0.01  # seconds between two of them: to remove a file takes less
 
 _NAME = re.compile(r"[0-9a-f]{64}-([0-9a-f]{1,16})\.blocks")
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # NONBLOCK: a pipe is no reason to wait
@@ -53,16 +55,14 @@ class CacheDirectory:
         """
         if bound < limits.MIN_CACHE_DIRECTORY:
             least = limits.MIN_CACHE_DIRECTORY >> 20
-            raise UsageError(
-                f"{path}: {bound} bytes are too few to keep blocks of images, at least {least}M are needed"
-            )
+            raise UsageError(f"{path}: {bound} bytes are too few to keep blocks of images: {least}M are needed")
         self.path = path
         self.bound = bound
         self.allowance = Allowance()
         self._fd = _open_directory(path)
 
     def close(self) -> None:
-        """Give the directory back; files that were opened stay open."""
+        """Give the directory back, after the sources that keep blocks in it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -91,7 +91,7 @@ class CacheDirectory:
             return None
 
     def tidy(self) -> None:
-        """Let the oldest blocks go if there are too many, and allow some more bytes. Only from the thread that writes."""
+        """Let the oldest blocks go if there are too many, and allow some bytes more. Only from the writing thread."""
         try:
             with self._alone() as alone:
                 if not alone:
@@ -128,7 +128,7 @@ class CacheDirectory:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._fd)
         except BlockingIOError:
-            pass
+            time.sleep(PAUSE)
         except BaseException:
             os.close(fd)
             raise

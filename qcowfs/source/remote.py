@@ -82,10 +82,14 @@ class _Room(Protocol):
 
 
 class Remotes:
-    """Opens URLs, each behind a cache of blocks that all of them share. One of a process; any thread."""
+    """Opens URLs, each behind a cache of blocks that all of them share. One of a process; any thread.
+
+    Attributes:
+        settings: what a person said.
+    """
 
     def __init__(self, settings: RemoteSettings = DEFAULT_SETTINGS) -> None:
-        self._settings = settings
+        self.settings = settings
         self._making = threading.Lock()
         self._blocks: BlockCache | None = None
         self._directory: CacheDirectory | None = None
@@ -98,30 +102,16 @@ class Remotes:
             SourceError: it is missing, not allowed, or the server does not answer.
             UsageError: the directory for blocks cannot be used.
         """
+        from qcowfs._blocks import BlockSource  # who opens no URL does not wait for it
+
         room = SCHEMES.get(url.scheme)
         if room is None:
             why = f"one of {', '.join(SCHEMES)} was expected"
             raise UnsupportedImage(url.shown, f"the protocol {printable(url.scheme)}", why)
         opener: _Room = importlib.import_module(f"qcowfs.source.{room}")
-        self._caches()  # before a server is asked: the directory may be unusable
-        remote = opener.open_url(url, self._settings)
-        return replace(remote, source=self._cached(remote.source, remote.version))
-
-    def open_foreign(self, base: Source, descriptor: int, image_format: str) -> Source:
-        """Return the disk in an image of this machine that QEMU reads for us; see source/foreign.
-
-        Raises:
-            ImageError: as foreign.open_foreign.
-        """
-        from qcowfs.source import foreign
-
-        return self._cached(foreign.open_foreign(base, descriptor, image_format, self._settings), None)
-
-    def _cached(self, source: Source, version: str | None) -> Source:
-        from qcowfs._blocks import BlockSource  # who opens no URL does not wait for it
-
         blocks, directory = self._caches()
-        return BlockSource(blocks, source, directory=directory, version=version)
+        remote = opener.open_url(url, self.settings)
+        return replace(remote, source=BlockSource(blocks, remote.source, directory=directory, version=remote.version))
 
     def _caches(self) -> tuple[BlockCache, CacheDirectory | None]:
         from qcowfs._blocks import BlockCache
@@ -129,9 +119,7 @@ class Remotes:
 
         with self._making:
             if self._blocks is None:
-                if self._settings.cache_directory is not None:
-                    self._directory = CacheDirectory(
-                        self._settings.cache_directory, self._settings.cache_directory_size
-                    )
+                if self.settings.cache_directory is not None:
+                    self._directory = CacheDirectory(self.settings.cache_directory, self.settings.cache_directory_size)
                 self._blocks = BlockCache(limits.DEFAULT_BLOCK_CACHE)
             return self._blocks, self._directory

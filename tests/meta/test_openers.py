@@ -58,12 +58,12 @@ KNOWN = {
     ("restore/draft.py", "_nameless"): "files that are written",
     ("restore/links.py", "_reopened"): "directories that were written into",
     ("restore/restorer.py", "_equip"): "what was just made",
-    ("source/childsource.py", "_listen"): "a socket of its own, for a moment",
-    ("source/launch.py", "_see_only"): "where programs and libraries are, to be seen by the program",
     ("source/cachedir.py", "_alone"): "the directory for blocks that a person named",
     ("source/cachedir.py", "_file"): "files in it that have a name of ours",
     ("source/cachedir.py", "_open_directory"): "the directory for blocks that a person named",
     ("source/cachedir.py", "_opened"): "a file in it under a name of ours",
+    ("source/childsource.py", "_listen"): "a socket of its own, for a moment",
+    ("source/launch.py", "_see_only"): "where programs and libraries are, to be seen by the program",
     ("watcher.py", "_let_go_of_everything_but"): "/dev/null",
 }
 
