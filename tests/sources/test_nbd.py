@@ -23,7 +23,8 @@ from qcowfs._core import Disk
 from qcowfs._source import Source
 from qcowfs._tables import LayerMap
 from qcowfs.errors import SourceError
-from qcowfs.source.remote import RemoteSettings, open_remote
+from qcowfs.source.nbd import open_url
+from qcowfs.source.remote import RemoteSettings
 from qcowfs.source.url import parse_url
 from tests.support import need
 from tests.support.mounts import wait_until
@@ -56,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def opened(url: str, patience: float = LONG) -> Iterator[Source]:
-    source = open_remote(parse_url(url), RemoteSettings(patience=patience)).source
+    source = open_url(parse_url(url), RemoteSettings(patience=patience)).source
     try:
         yield source
     finally:
@@ -255,7 +256,7 @@ class TestClose:
                 asked.release()
 
         with hostile_server(place, listen) as url, ThreadPoolExecutor(3) as pool:
-            source = open_remote(parse_url(url), RemoteSettings(patience=600)).source
+            source = open_url(parse_url(url), RemoteSettings(patience=600)).source
             reads = [pool.submit(read_error, source, number * 4096, 4096) for number in range(3)]
             for _ in reads:
                 asked.acquire()
@@ -265,7 +266,7 @@ class TestClose:
     @pytest.mark.expect_warnings
     def test_does_not_wait_for_a_server_that_is_gone(self, place: Path) -> None:
         with nbdkit(place, "memory", "1M") as server:
-            source = open_remote(parse_url(server.url), RemoteSettings(patience=600)).source
+            source = open_url(parse_url(server.url), RemoteSettings(patience=600)).source
             server.kill()
             with ThreadPoolExecutor(1) as pool:
                 read = pool.submit(read_error, source, 0, 4096)
