@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from qcowfs.source.url import parse_url
 from tests.support import lacking, need
 from tests.support.mounts import is_running, wait_until
 from tests.support.qemu import qemu
+from tests.support.ssh import ssh_server
 
 need("qemu-nbd", "qemu-img")
 
@@ -187,6 +189,17 @@ class TestProtocols:
             open_url(parse_url("ssh://127.0.0.1:1/image"), RemoteSettings(patience=20))
         assert str(raised.value).startswith("ssh://127.0.0.1:1/image: ")
         assert [] == children()
+
+    def test_are_read_by_qemu(self, disk: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        need("sshd", "ssh-agent")
+        with ssh_server(disk.parent) as (port, agent):
+            monkeypatch.setenv("SSH_AUTH_SOCK", agent)
+            url = f"ssh://{getpass.getuser()}@127.0.0.1:{port}{disk}?host_key_check=no"
+            source = open_url(parse_url(url), RemoteSettings(patience=30)).source
+            assert source.read_at(MIB, MIB) == content[MIB : 2 * MIB]
+            source.close()
+            with pytest.raises(SourceError, match="No such file"):
+                open_url(parse_url(url.replace("disk.raw", "other")), RemoteSettings(patience=30))
 
     def test_rbd_has_a_form_of_its_own(self) -> None:
         with pytest.raises(SourceError, match="not a URL of RBD"):
