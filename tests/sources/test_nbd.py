@@ -231,6 +231,21 @@ class TestServerThatFails:
             for offset in range(0, 8 * 4096, 4096):
                 assert source.read_at(offset, 4096) == offset.to_bytes(8, "big") * 512
 
+    @pytest.mark.expect_warnings
+    @pytest.mark.parametrize("seed", range(4))
+    def test_is_an_error_if_what_it_answers_makes_no_sense(self, seed: int, place: Path) -> None:
+        """Another handle, another magic number, an unknown error: never the bytes that come with it."""
+        magic, error = ((0x67446698, 0), (0x668E33EF, 0), (0x12345678, 0), (0x67446698, 0xFFFFFFFF))[seed]
+
+        def lie(client: socket.socket) -> None:
+            newstyle(client, MIB)
+            handle = struct.unpack(">8sQQI", client.recv(28, socket.MSG_WAITALL))[1] + (seed == 0)
+            client.sendall(struct.pack(">IIQ", magic, error, handle) + b"x" * 4096)
+            _drain(client)
+
+        with hostile_server(place, lie) as url, opened(url, 0.5) as source:
+            assert errno.EIO == read_error(source, 0, 4096)
+
 
 def _one_and_a_half(client: socket.socket) -> None:
     newstyle(client, MIB)
@@ -242,6 +257,10 @@ def _one_and_a_half(client: socket.socket) -> None:
 
 def _negotiated(client: socket.socket, size: int, blocks: tuple[int, int, int] | None = None) -> None:
     newstyle(client, size, blocks)
+    _drain(client)
+
+
+def _drain(client: socket.socket) -> None:
     while client.recv(1024):  # until it goes
         pass
 
