@@ -360,6 +360,13 @@ class TestEncryption:
         with opened(f"{server.url}?tls-certificates={papers}/right") as source:
             random_reads(source, content, 5, 20)
 
+    @pytest.mark.expect_warnings
+    def test_is_made_again_with_a_new_connection(self, server: Server, papers: Path, content: bytes) -> None:
+        with opened(f"{server.url}?tls-certificates={papers}/right") as source:
+            server.kill()
+            server.start()
+            random_reads(source, content, 8, 5)
+
     def test_by_the_wrong_one_is_refused(self, server: Server, papers: Path) -> None:
         failure = refusal(f"{server.url}?tls-certificates={papers}/wrong")
 
