@@ -202,7 +202,8 @@ class _Opener:
         if file.descriptor is None:
             why = "only files and block devices of this machine are given to QEMU"
             raise UnsupportedImage(file.path, f"a {image_format} image on a server", why)
-        return foreign.open_foreign(file.source, file.descriptor, image_format, self._remotes.settings)
+        disk = foreign.open_foreign(file.source, file.descriptor, image_format, self._remotes.settings)
+        return self._remotes.cached(disk)  # it reads ahead, which pays in front of a process as well
 
     def _open_named(self, by: File | Layer, said: FileName, role: str) -> File:
         url = said.url or (by.url and not said.path.startswith("/") and by.url.beside(said.path))

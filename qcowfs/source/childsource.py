@@ -23,6 +23,7 @@ from qcowfs.errors import printable
 
 __all__ = ["ChildSource"]
 
+SAYS = b"qemu-nbd: "
 logger = logging.getLogger("qcowfs.source")
 
 
@@ -98,7 +99,8 @@ class ChildSource(NbdSource):
         assert self._process.stderr is not None
         with self._process.stderr as said:
             for line in iter(lambda: said.readline(limits.MAX_CHILD_LINE), b""):
-                self._words = printable(line.rstrip()).removeprefix("qemu-nbd: ")
+                if line.startswith(SAYS) or not self._words:  # what follows is a hint, or a library's chatter
+                    self._words = printable(line.rstrip().removeprefix(SAYS))
         self._process.wait()
         self.fail(errno.EIO)
         if self._connected and not self._closing:

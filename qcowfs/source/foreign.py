@@ -52,8 +52,10 @@ def open_foreign(base: Source, descriptor: int, image_format: str, settings: Rem
         raise SourceError.from_oserror(base.name, "cannot read", error) from error
     device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
     file = {"driver": "host_device" if device else "file", "filename": f"/proc/self/fd/{IMAGE_NUMBER}"}
-    node = {"driver": image_format, "read-only": True, "backing": None, "file": file}
-    return _connected(base.name, f"a {image_format} image", node, settings, ("foreign", base.place()), base, descriptor)
+    image = [_json({"driver": image_format, "backing": None, "file": file})]
+    return _connected(
+        base.name, f"a {image_format} image", image, settings, ("foreign", base.place()), base, descriptor
+    )
 
 
 def open_url(url: Url, settings: RemoteSettings) -> Remote:
@@ -63,10 +65,14 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         UnsupportedImage: qemu-nbd, its driver or libnbd is not installed.
         SourceError: QEMU does not take it.
     """
-    file = _rbd(url) if url.scheme == "rbd" else {"driver": url.scheme, "filename": url.text}
-    node = {"driver": "raw", "read-only": True, "file": file}
+    # QEMU takes URLs of these protocols apart where they are names, but not where they are options.
+    image = [_json({"driver": "raw", "file": _rbd(url)})] if url.scheme == "rbd" else ["--format=raw", "--", url.text]
     where = (url.scheme, url.server, unquote(url.path), url.query)
-    return Remote(source=_connected(url.shown, f"the protocol {url.scheme}", node, settings, where, None, None))
+    return Remote(source=_connected(url.shown, f"the protocol {url.scheme}", image, settings, where, None, None))
+
+
+def _json(node: dict[str, Any]) -> str:
+    return f"json:{json.dumps({**node, 'read-only': True})}"
 
 
 def _rbd(url: Url) -> dict[str, str]:
@@ -85,7 +91,7 @@ def _rbd(url: Url) -> dict[str, str]:
 def _connected(
     name: str,
     what: str,
-    node: dict[str, Any],
+    image: list[str],
     settings: RemoteSettings,
     where: Hashable,
     base: Source | None,
@@ -100,7 +106,7 @@ def _connected(
     except ImportError as error:
         hint = "install libnbd (Debian: libnbd0; to build qcowfs, libnbd-dev)"
         raise UnsupportedImage(name, what, "qcowfs was built without libnbd", hint=hint) from error
-    command = [program, "--read-only", "--persistent", f"--shared={CLIENTS}", f"json:{json.dumps(node)}"]
+    command = [program, "--read-only", "--persistent", f"--shared={CLIENTS}", *image]
     source = ChildSource(name, command, descriptor, settings.patience, where)
     try:
         source.connect()

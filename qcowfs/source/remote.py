@@ -102,16 +102,29 @@ class Remotes:
             SourceError: it is missing, not allowed, or the server does not answer.
             UsageError: the directory for blocks cannot be used.
         """
-        from qcowfs._blocks import BlockSource  # who opens no URL does not wait for it
-
         room = SCHEMES.get(url.scheme)
         if room is None:
             why = f"one of {', '.join(SCHEMES)} was expected"
             raise UnsupportedImage(url.shown, f"the protocol {printable(url.scheme)}", why)
         opener: _Room = importlib.import_module(f"qcowfs.source.{room}")
-        blocks, directory = self._caches()
+        self._caches()  # before a server is asked: the directory may not be usable
         remote = opener.open_url(url, self.settings)
-        return replace(remote, source=BlockSource(blocks, remote.source, directory=directory, version=remote.version))
+        return replace(remote, source=self.cached(remote.source, remote.version))
+
+    def cached(self, source: Source, version: str | None = None) -> Source:
+        """Put the cache before `source`, which belongs to what is returned, and is closed if this fails.
+
+        Raises:
+            UsageError: the directory for blocks cannot be used.
+        """
+        from qcowfs._blocks import BlockSource  # who opens no URL does not wait for it
+
+        try:
+            blocks, directory = self._caches()
+            return BlockSource(blocks, source, directory=directory, version=version)
+        except BaseException:
+            source.close()
+            raise
 
     def _caches(self) -> tuple[BlockCache, CacheDirectory | None]:
         from qcowfs._blocks import BlockCache

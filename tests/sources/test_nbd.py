@@ -23,7 +23,8 @@ from qcowfs._core import Disk
 from qcowfs._source import Source
 from qcowfs._tables import LayerMap
 from qcowfs.errors import SourceError
-from qcowfs.source.remote import RemoteSettings, open_remote
+from qcowfs.source.nbd import open_url
+from qcowfs.source.remote import RemoteSettings
 from qcowfs.source.url import parse_url
 from tests.support import need
 from tests.support.mounts import wait_until
@@ -56,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def opened(url: str, patience: float = LONG) -> Iterator[Source]:
-    source = open_remote(parse_url(url), RemoteSettings(patience=patience)).source
+    source = open_url(parse_url(url), RemoteSettings(patience=patience)).source
     try:
         yield source
     finally:
@@ -230,6 +231,21 @@ class TestServerThatFails:
             for offset in range(0, 8 * 4096, 4096):
                 assert source.read_at(offset, 4096) == offset.to_bytes(8, "big") * 512
 
+    @pytest.mark.expect_warnings
+    @pytest.mark.parametrize("seed", range(4))
+    def test_is_an_error_if_what_it_answers_makes_no_sense(self, seed: int, place: Path) -> None:
+        """Another handle, another magic number, an unknown error: never the bytes that come with it."""
+        magic, error = ((0x67446698, 0), (0x668E33EF, 0), (0x12345678, 0), (0x67446698, 0xFFFFFFFF))[seed]
+
+        def lie(client: socket.socket) -> None:
+            newstyle(client, MIB)
+            handle = struct.unpack(">8sQQI", client.recv(28, socket.MSG_WAITALL))[1] + (seed == 0)
+            client.sendall(struct.pack(">IIQ", magic, error, handle) + b"x" * 4096)
+            _drain(client)
+
+        with hostile_server(place, lie) as url, opened(url, 0.5) as source:
+            assert errno.EIO == read_error(source, 0, 4096)
+
 
 def _one_and_a_half(client: socket.socket) -> None:
     newstyle(client, MIB)
@@ -241,6 +257,10 @@ def _one_and_a_half(client: socket.socket) -> None:
 
 def _negotiated(client: socket.socket, size: int, blocks: tuple[int, int, int] | None = None) -> None:
     newstyle(client, size, blocks)
+    _drain(client)
+
+
+def _drain(client: socket.socket) -> None:
     while client.recv(1024):  # until it goes
         pass
 
@@ -255,7 +275,7 @@ class TestClose:
                 asked.release()
 
         with hostile_server(place, listen) as url, ThreadPoolExecutor(3) as pool:
-            source = open_remote(parse_url(url), RemoteSettings(patience=600)).source
+            source = open_url(parse_url(url), RemoteSettings(patience=600)).source
             reads = [pool.submit(read_error, source, number * 4096, 4096) for number in range(3)]
             for _ in reads:
                 asked.acquire()
@@ -265,7 +285,7 @@ class TestClose:
     @pytest.mark.expect_warnings
     def test_does_not_wait_for_a_server_that_is_gone(self, place: Path) -> None:
         with nbdkit(place, "memory", "1M") as server:
-            source = open_remote(parse_url(server.url), RemoteSettings(patience=600)).source
+            source = open_url(parse_url(server.url), RemoteSettings(patience=600)).source
             server.kill()
             with ThreadPoolExecutor(1) as pool:
                 read = pool.submit(read_error, source, 0, 4096)
@@ -339,6 +359,13 @@ class TestEncryption:
     def test_by_the_right_authority(self, server: Server, papers: Path, content: bytes) -> None:
         with opened(f"{server.url}?tls-certificates={papers}/right") as source:
             random_reads(source, content, 5, 20)
+
+    @pytest.mark.expect_warnings
+    def test_is_made_again_with_a_new_connection(self, server: Server, papers: Path, content: bytes) -> None:
+        with opened(f"{server.url}?tls-certificates={papers}/right") as source:
+            server.kill()
+            server.start()
+            random_reads(source, content, 8, 5)
 
     def test_by_the_wrong_one_is_refused(self, server: Server, papers: Path) -> None:
         failure = refusal(f"{server.url}?tls-certificates={papers}/wrong")

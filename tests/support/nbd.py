@@ -40,7 +40,7 @@ class Server:
             Path(self._address).unlink(missing_ok=True)  # what a killed one left
         self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
         end = time.monotonic() + START
-        while not self._listens():
+        while not listens(self._address):
             assert self.process.poll() is None, f"it ended: {' '.join(self._command)}"
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -52,12 +52,13 @@ class Server:
             self.process.wait()
             self.process = None
 
-    def _listens(self) -> bool:
-        family = socket.AF_INET if isinstance(self._address, int) else socket.AF_UNIX
-        with socket.socket(family) as client, suppress(OSError):
-            client.connect(("127.0.0.1", self._address) if isinstance(self._address, int) else self._address)
-            return True
-        return False
+
+def listens(address: str | int) -> bool:
+    """Tell whether somebody takes connections at the path of a Unix socket, or at a TCP port of 127.0.0.1."""
+    with socket.socket(socket.AF_INET if isinstance(address, int) else socket.AF_UNIX) as client, suppress(OSError):
+        client.connect(("127.0.0.1", address) if isinstance(address, int) else address)
+        return True
+    return False
 
 
 @contextmanager
