@@ -18,7 +18,8 @@ from qcowfs._core import Disk
 from qcowfs._source import Source
 from qcowfs._tables import LayerMap
 from qcowfs.errors import SourceError
-from qcowfs.source.remote import RemoteSettings, open_remote
+from qcowfs.source.iscsi import open_url
+from qcowfs.source.remote import RemoteSettings
 from qcowfs.source.url import parse_url
 from tests.support.iscsi import Target
 from tests.support.workers import eventually
@@ -52,7 +53,7 @@ def opened() -> Iterator[Callable[..., Source]]:
     sources: list[Source] = []
 
     def open_it(url: str, *, patience: float = LONG) -> Source:
-        sources.append(open_remote(parse_url(url), RemoteSettings(patience=patience)).source)
+        sources.append(open_url(parse_url(url), RemoteSettings(patience=patience)).source)
         return sources[-1]
 
     yield open_it
@@ -62,7 +63,7 @@ def opened() -> Iterator[Callable[..., Source]]:
 
 def refusal(url: str, *, patience: float = LONG) -> SourceError:
     with pytest.raises(SourceError) as caught:
-        open_remote(parse_url(url), RemoteSettings(patience=patience)).source.close()
+        open_url(parse_url(url), RemoteSettings(patience=patience)).source.close()
     assert "\n" not in str(caught.value)
     return caught.value
 
