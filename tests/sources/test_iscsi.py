@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from qcowfs._cache import Cache
 from qcowfs._core import Disk
 from qcowfs._source import Source
 from qcowfs._tables import LayerMap
-from qcowfs.errors import SourceError
+from qcowfs.errors import SourceError, UnsupportedImage
 from qcowfs.source.iscsi import open_url
 from qcowfs.source.remote import RemoteSettings
 from qcowfs.source.url import parse_url
@@ -226,6 +227,15 @@ class TestRefusals:
 
     def test_what_is_too_long_for_libiscsi(self) -> None:
         assert "too long" in str(refusal(f"iscsi://127.0.0.1/{'x' * 300}/1"))
+
+
+def test_without_libiscsi_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qcowfs._iscsi", None)
+    with pytest.raises(UnsupportedImage) as caught:
+        open_url(parse_url("iscsi://127.0.0.1/iqn/1"), RemoteSettings())
+
+    assert "libiscsi is not installed" in str(caught.value)
+    assert "libiscsi-dev" in str(caught.value.hint)
 
 
 class TestTroubles:
