@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import blocks, reader, rivals, trees
+from bench import blocks, luns, reader, rivals, trees
 from bench.contents import NEEDLE, NEEDLES
 from bench.figures import Figures
 from bench.images import Image, Images
@@ -22,7 +22,7 @@ from bench.programs import run
 from bench.reader import OffsetList, WrongContentError
 from bench.rivals import RIVALS, CannotShowError, Rival
 from bench.trees import Trees, mounted
-from bench.works import COPY, DIFF, FIRST_BYTE, GREP, INSIDE, RANDOM, SEQUENTIAL, Work
+from bench.works import COPY, DIFF, FIRST_BYTE, GREP, INSIDE, LUN_SEQUENTIAL, LUNS, RANDOM, SEQUENTIAL, Work
 
 MUCH_MEMORY = 4 << 30  # free bytes of /dev/shm from which copies go there, where no disk disturbs them
 
@@ -57,19 +57,26 @@ class Turns:
 
     def figures(self, work: Work) -> Figures:
         """Return the figures of a work; raises WrongContentError where qcowfs itself shows something wrong."""
-        found = Figures(more_is_better=work.kind in (RANDOM, SEQUENTIAL))
+        found = Figures(more_is_better=work.kind in (RANDOM, SEQUENTIAL, *LUNS))
         with tempfile.TemporaryDirectory(dir=self._scratch) as name, ExitStack() as stack:
-            ready = self._trees if work.kind in INSIDE else self._blocks if work.kind == DIFF else self._stands
-            stands = list(ready(work, Path(name), stack, found))
+            stands = list(self._ready(work.kind)(work, Path(name), stack, found))
             for number in range(self._rounds):
                 for stand in stands:
                     take_turn(stand, number, found)
             for stand in stands:
                 fits = stand.name in found.samples and stand.image.name == work.image
-                if fits and work.kind not in (FIRST_BYTE, DIFF, *INSIDE):
+                if fits and work.kind not in (FIRST_BYTE, DIFF, *INSIDE, *LUNS):
                     found.memory[stand.name] = rivals.peak_memory(stand.directory)
         found.memory.pop(rivals.RAW, None)
         return found
+
+    def _ready(self, kind: str) -> Callable[[Work, Path, ExitStack, Figures], Iterable[Stand]]:
+        """Return what puts up the rivals of such works."""
+        if kind in INSIDE:
+            return self._trees
+        if kind in LUNS:
+            return self._luns
+        return self._blocks if kind == DIFF else self._stands
 
     def _stands(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
         """Put up every rival that can show the image and shows the right content."""
@@ -100,6 +107,13 @@ class Turns:
         """Make ready to compare those that compare two points; only qcowfs says where they differ."""
         image = self._images.get(work.image)
         for name, turn in blocks.turns(image, stack, directory, found).items():
+            yield Stand(name, directory, directory, image, turn)
+
+    def _luns(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
+        """Start a target with the image, to compare those that read it from there."""
+        image = self._images.get(work.image)
+        offsets = prepared(image, directory, sequential=work.kind == LUN_SEQUENTIAL)
+        for name, turn in luns.turns(work, image, offsets, stack, directory, self._seconds).items():
             yield Stand(name, directory, directory, image, turn)
 
     def _stand(

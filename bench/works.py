@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.figures import BEST_PEER, Goal
-from bench.rivals import EMPTY, LIMIT, OURS, OWN_PLAIN, PEERS, PLAIN_PATH, RAW
+from bench.rivals import EMPTY, LIMIT, OURS, OWN_PLAIN, PEERS, PLAIN_PATH, QEMU, RAW
 
 RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE = "random", "sequential", "grep", "copy", "first-byte"
 FIND, COPY_ALL, FIRST_LIST = "find", "copy-all", "first-list"
 INSIDE = (FIND, COPY_ALL, FIRST_LIST)  # works with the files inside an image: bench/trees.py
 DIFF = "diff"  # comparing two points byte by byte: bench/blocks.py
+LUN_RANDOM, LUN_SEQUENTIAL = "lun-random", "lun-sequential"  # an image on an iSCSI target: bench/luns.py
+LUNS = (LUN_RANDOM, LUN_SEQUENTIAL)
 COMPARE, CMP = "qemu-img compare", "cmp -l over the mount"
 LOOP, FUSE2FS, GUESTMOUNT = "loop mount of NAME.raw", "fuse2fs", "guestmount"
 TITLES = {
@@ -32,6 +34,7 @@ TITLES = {
 UNITS = {
     **{RANDOM: "reads/s", SEQUENTIAL: "MiB/s", GREP: "s", COPY: "s", FIRST_BYTE: "ms"},
     **{FIND: "s", COPY_ALL: "s", FIRST_LIST: "ms", DIFF: "s"},
+    **{LUN_RANDOM: "reads/s", LUN_SEQUENTIAL: "MiB/s"},
 }
 MEMORY_GOAL = 96 << 20  # bytes of the daemon at its peak, over all works
 
@@ -41,7 +44,7 @@ class Work:
     """One table of figures.
 
     Attributes:
-        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, DIFF, or one of INSIDE.
+        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, DIFF, or one of INSIDE or LUNS.
         image: a recipe's name in bench/images.py.
         goals: what the project promises; empty where a work only shows something.
         references: rivals beside qcowfs and its peers.
@@ -73,17 +76,19 @@ class Work:
             COPY_ALL: f"cp -a of all files inside: {image}",
             FIRST_LIST: f"mount to first listing of the files inside: {image}",
             DIFF: f"where two points differ: {image}",
+            LUN_RANDOM: f"4 KiB random after the mount, {jobs}: {image} on an iSCSI target",
+            LUN_SEQUENTIAL: f"sequential 1 MiB after the mount: {image} on an iSCSI target",
         }[self.kind]
 
     @property
     def rivals(self) -> tuple[str, ...]:
         """Return the names of those that are compared."""
-        return self.references if self.kind in (DIFF, *INSIDE) else (OURS, PLAIN_PATH, *PEERS, *self.references)
+        return self.references if self.kind in (DIFF, *INSIDE, *LUNS) else (OURS, PLAIN_PATH, *PEERS, *self.references)
 
     def is_asked_for(self, words: list[str]) -> bool:
         """Return whether it fits one of the words: KIND, IMAGE, KIND-IMAGE, "inside"; IMAGE means its reads alone."""
         named = {self.kind, f"{self.kind}-{self.image}"} | ({self.image} if self.kind != FIRST_BYTE else set())
-        named |= {"inside"} if self.kind in INSIDE else set()
+        named |= {"inside"} if self.kind in INSIDE else {"luns"} if self.kind in LUNS else set()
         return not words or bool(named & set(words))
 
 
@@ -126,5 +131,7 @@ WORKS = [
     *(Work(FIRST_BYTE, image, SOON, (EMPTY,)) for image in ("plain", "thousand", "12tib")),
     Work(DIFF, "churn", (Goal(COMPARE, 20.0), Goal(CMP, 20.0)), (OURS, COMPARE, CMP)),
     Work(DIFF, "1tib", references=(OURS, COMPARE), most=2.0),
+    *(Work(LUN_RANDOM, "plain", peers(1.0), (OURS, QEMU), jobs) for jobs in (1, 4)),
+    Work(LUN_SEQUENTIAL, "plain", peers(1.0), (OURS, QEMU)),
     *(Work(kind, "ext4", references=(OURS, LOOP, FUSE2FS, GUESTMOUNT)) for kind in INSIDE),
 ]

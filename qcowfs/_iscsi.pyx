@@ -24,7 +24,8 @@ from qcowfs.clib.libiscsi cimport *
 
 cdef enum:
     IN_FLIGHT = 64  # commands; targets allow 32 to 128
-    LARGEST_REQUEST = 1 << 20  # bytes of one command, where the unit allows more
+    # Bytes of one command: what fits into one of libiscsi's PDUs. tgtd gave 1.6 GB/s so, and 0.7 by commands of 1 MiB.
+    LARGEST_REQUEST = 1 << 18
     LARGEST_BLOCK = 65536
     LBA_STATUS_SIZE = 8 + 16  # bytes of an answer with one descriptor
     SECOND = 1000000000  # ns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from qcowfs._cache import Cache
 from qcowfs._core import Disk
 from qcowfs._source import Source
 from qcowfs._tables import LayerMap
-from qcowfs.errors import SourceError
-from qcowfs.source.remote import RemoteSettings, open_remote
+from qcowfs.errors import SourceError, UnsupportedImage
+from qcowfs.source.iscsi import open_url
+from qcowfs.source.remote import RemoteSettings
 from qcowfs.source.url import parse_url
 from tests.support.iscsi import Target
 from tests.support.workers import eventually
@@ -52,7 +54,7 @@ def opened() -> Iterator[Callable[..., Source]]:
     sources: list[Source] = []
 
     def open_it(url: str, *, patience: float = LONG) -> Source:
-        sources.append(open_remote(parse_url(url), RemoteSettings(patience=patience)).source)
+        sources.append(open_url(parse_url(url), RemoteSettings(patience=patience)).source)
         return sources[-1]
 
     yield open_it
@@ -62,7 +64,7 @@ def opened() -> Iterator[Callable[..., Source]]:
 
 def refusal(url: str, *, patience: float = LONG) -> SourceError:
     with pytest.raises(SourceError) as caught:
-        open_remote(parse_url(url), RemoteSettings(patience=patience)).source.close()
+        open_url(parse_url(url), RemoteSettings(patience=patience)).source.close()
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -225,6 +227,15 @@ class TestRefusals:
 
     def test_what_is_too_long_for_libiscsi(self) -> None:
         assert "too long" in str(refusal(f"iscsi://127.0.0.1/{'x' * 300}/1"))
+
+
+def test_without_libiscsi_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qcowfs._iscsi", None)
+    with pytest.raises(UnsupportedImage) as caught:
+        open_url(parse_url("iscsi://127.0.0.1/iqn/1"), RemoteSettings())
+
+    assert "libiscsi is not installed" in str(caught.value)
+    assert "libiscsi-dev" in str(caught.value.hint)
 
 
 class TestTroubles:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from qcowfs._source import Source
-from qcowfs.source.remote import RemoteSettings, open_remote
+from qcowfs.source.iscsi import open_url
+from qcowfs.source.remote import RemoteSettings
 from qcowfs.source.url import parse_url
 from tests.support.wildtarget import WildTarget
 from tests.support.workers import eventually
@@ -33,7 +34,7 @@ def source(target: WildTarget) -> Iterator[Source]:
 
 
 def opened(target: WildTarget, patience: float = 10) -> Source:
-    return open_remote(parse_url(target.url), RemoteSettings(patience=patience)).source
+    return open_url(parse_url(target.url), RemoteSettings(patience=patience)).source
 
 
 def read(source: Source) -> bytes | int | None:
