@@ -23,6 +23,7 @@ cdef enum:
     AHEAD_SHARE = 4  # of the budget: what all readers together are read ahead; the cache never gives less to it
 
 
+@no_gc_clear  # sources use all of it until they are gone themselves
 cdef class BlockCache:
     """Memory for blocks of all remote sources of a process: `budget` bytes, and 1 MiB for each request on its way."""
 
@@ -66,7 +67,7 @@ cdef class BlockCache:
         }
 
 
-@no_gc_clear
+@no_gc_clear  # helpers may be reading from the base
 cdef class BlockSource(Source):
     """`base` behind a cache.
 

@@ -6,7 +6,6 @@ number of threads at once, and has to give the GIL back while it waits.
 """
 
 import logging
-import threading
 
 from cpython.exc cimport PyErr_SetInterrupt
 from cpython.memoryview cimport PyMemoryView_FromMemory
@@ -37,7 +36,6 @@ cdef class PythonSource(Source):
 
     cdef object read
     cdef object where
-    cdef object lock  # guards `reported`
     cdef uint64_t room
     cdef bint reported
     cdef bint closed
@@ -46,7 +44,6 @@ cdef class PythonSource(Source):
         self.name = name
         self.read = read
         self.where = place
-        self.lock = threading.Lock()
         self.room = size
         self.c.state = <void*>self
         self.c.pread = python_pread
@@ -68,7 +65,7 @@ cdef int64_t python_pread(const source_t* source, void* buffer, uint64_t length,
         return 0
     length = min(length, self.room - offset)
     while done < length:
-        if self.closed:
+        if self.closed or self.read is None:  # None: the garbage collector was here
             return -EBADF
         got = call(self, <char*>buffer + done, length - done, offset + done)
         if got < 0:
@@ -99,10 +96,8 @@ cdef int64_t call(PythonSource self, char* buffer, uint64_t length, uint64_t off
 
 
 cdef void report(PythonSource self, uint64_t offset) noexcept:
-    with self.lock:
-        first = not self.reported
+    if not self.reported:  # with the GIL, which nothing gives back in between
         self.reported = True
-    if first:
         logger.exception("%s: cannot read at %#x: this is a mistake in qcowfs", self.name, offset)
 
 
