@@ -19,6 +19,7 @@ from qcowfs._core import Disk
 from qcowfs.errors import ReadFault
 from qcowfs.export.changes import Range, changed_ranges, data_ranges, pieces
 from qcowfs.export.kinds import SAME, ZEROS
+from qcowfs.export.sharing import Run, stored_runs
 
 __all__ = ["Copy", "Unreadable", "Writer", "merged", "stream"]
 
@@ -39,6 +40,7 @@ class Writer(Protocol):
     unit: int  # bytes; divides PIECE
 
     def write(self, offset: int, data: memoryview, kinds: bytes | bytearray) -> None: ...
+    def share(self, offset: int, length: int, runs: list[Run]) -> bool: ...
     def finish(self) -> None: ...
 
 
@@ -56,17 +58,19 @@ class Copy:
     Args:
         old: None: all data is copied.
         keep_going: write zeros where something cannot be read.
+        shared: let the writer share what is stored as it is, instead of a copy; not with `old`.
 
     Attributes:
         done: bytes so far, of those that `total` counts.
         unreadable: what could not be read, in no order.
     """
 
-    def __init__(self, disk: Disk, old: Disk | None, writer: Writer, *, keep_going: bool) -> None:
+    def __init__(self, disk: Disk, old: Disk | None, writer: Writer, *, keep_going: bool, shared: bool = False) -> None:
         self._disk = disk
         self._old = old
         self._writer = writer
         self._keep_going = keep_going
+        self._shared = shared
         self._error: BaseException | None = None
         self._lock = threading.Lock()  # for all below
         self._pieces = self._all_pieces()
@@ -128,11 +132,17 @@ class Copy:
     def _copy(self, start: int, end: int, new: memoryview, old: memoryview) -> None:
         length = -(-(end - start) // self._writer.unit) * self._writer.unit
         new = new[:length]
-        unreadable = read(self._disk, start, new, keep_going=self._keep_going)
-        self._writer.write(start, new, self._kinds(start, new, old[:length]))
+        unreadable: list[Unreadable] = []
+        if not self._is_shared(start, length):
+            unreadable = read(self._disk, start, new, keep_going=self._keep_going)
+            self._writer.write(start, new, self._kinds(start, new, old[:length]))
         with self._lock:
             self.done += end - start
             self.unreadable += unreadable
+
+    def _is_shared(self, start: int, length: int) -> bool:
+        runs = stored_runs(self._disk, start, length) if self._shared else []
+        return bool(runs) and self._writer.share(start, length, runs)
 
     def _kinds(self, start: int, new: memoryview, old: memoryview) -> bytes | bytearray:
         if self._old is None:
