@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import blocks, reader, rivals, trees
+from bench import blocks, exports, reader, rivals, trees
 from bench.contents import NEEDLE, NEEDLES
 from bench.figures import Figures
 from bench.images import Image, Images
@@ -22,7 +22,7 @@ from bench.programs import run
 from bench.reader import OffsetList, WrongContentError
 from bench.rivals import RIVALS, CannotShowError, Rival
 from bench.trees import Trees, mounted
-from bench.works import COPY, DIFF, FIRST_BYTE, GREP, INSIDE, RANDOM, SEQUENTIAL, Work
+from bench.works import COPY, DIFF, EXPORT, FIRST_BYTE, FORMS, GREP, INSIDE, RANDOM, SEQUENTIAL, Work
 
 MUCH_MEMORY = 4 << 30  # free bytes of /dev/shm from which copies go there, where no disk disturbs them
 
@@ -59,17 +59,20 @@ class Turns:
         """Return the figures of a work; raises WrongContentError where qcowfs itself shows something wrong."""
         found = Figures(more_is_better=work.kind in (RANDOM, SEQUENTIAL))
         with tempfile.TemporaryDirectory(dir=self._scratch) as name, ExitStack() as stack:
-            ready = self._trees if work.kind in INSIDE else self._blocks if work.kind == DIFF else self._stands
-            stands = list(ready(work, Path(name), stack, found))
+            stands = list(self._ready(work.kind)(work, Path(name), stack, found))
             for number in range(self._rounds):
                 for stand in stands:
                     take_turn(stand, number, found)
             for stand in stands:
                 fits = stand.name in found.samples and stand.image.name == work.image
-                if fits and work.kind not in (FIRST_BYTE, DIFF, *INSIDE):
+                if fits and work.kind not in (FIRST_BYTE, DIFF, EXPORT, *INSIDE):
                     found.memory[stand.name] = rivals.peak_memory(stand.directory)
         found.memory.pop(rivals.RAW, None)
         return found
+
+    def _ready(self, kind: str) -> Callable[[Work, Path, ExitStack, Figures], Iterable[Stand]]:
+        special = {DIFF: self._blocks, EXPORT: self._exports, **dict.fromkeys(INSIDE, self._trees)}
+        return special.get(kind, self._stands)
 
     def _stands(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
         """Put up every rival that can show the image and shows the right content."""
@@ -100,6 +103,17 @@ class Turns:
         """Make ready to compare those that compare two points; only qcowfs says where they differ."""
         image = self._images.get(work.image)
         for name, turn in blocks.turns(image, stack, directory, found).items():
+            yield Stand(name, directory, directory, image, turn)
+
+    def _exports(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
+        """Make ready to compare those that write a point to a file; each turn is a whole command."""
+        image = self._images.get(work.image)
+        form = FORMS[work.form]
+        room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=None if form.since else roomy())))
+        if form.shared:
+            image = stack.enter_context(exports.on_xfs(image, room))
+            room = image.path.parent
+        for name, turn in exports.turns(work.form, image, room, found).items():
             yield Stand(name, directory, directory, image, turn)
 
     def _stand(
