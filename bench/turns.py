@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import blocks, luns, reader, rivals, trees
+from bench import blocks, exports, luns, reader, rivals, trees
 from bench.contents import NEEDLE, NEEDLES
 from bench.figures import Figures
 from bench.images import Image, Images
@@ -22,7 +22,20 @@ from bench.programs import run
 from bench.reader import OffsetList, WrongContentError
 from bench.rivals import RIVALS, CannotShowError, Rival
 from bench.trees import Trees, mounted
-from bench.works import COPY, DIFF, FIRST_BYTE, GREP, INSIDE, LUN_SEQUENTIAL, LUNS, RANDOM, SEQUENTIAL, Work
+from bench.works import (
+    COPY,
+    DIFF,
+    EXPORT,
+    FIRST_BYTE,
+    FORMS,
+    GREP,
+    INSIDE,
+    LUN_SEQUENTIAL,
+    LUNS,
+    RANDOM,
+    SEQUENTIAL,
+    Work,
+)
 
 MUCH_MEMORY = 4 << 30  # free bytes of /dev/shm from which copies go there, where no disk disturbs them
 
@@ -65,18 +78,16 @@ class Turns:
                     take_turn(stand, number, found)
             for stand in stands:
                 fits = stand.name in found.samples and stand.image.name == work.image
-                if fits and work.kind not in (FIRST_BYTE, DIFF, *INSIDE, *LUNS):
+                if fits and work.kind not in (FIRST_BYTE, DIFF, EXPORT, *INSIDE, *LUNS):
                     found.memory[stand.name] = rivals.peak_memory(stand.directory)
         found.memory.pop(rivals.RAW, None)
         return found
 
     def _ready(self, kind: str) -> Callable[[Work, Path, ExitStack, Figures], Iterable[Stand]]:
         """Return what puts up the rivals of such works."""
-        if kind in INSIDE:
-            return self._trees
-        if kind in LUNS:
-            return self._luns
-        return self._blocks if kind == DIFF else self._stands
+        special = {DIFF: self._blocks, EXPORT: self._exports}
+        special |= dict.fromkeys(INSIDE, self._trees) | dict.fromkeys(LUNS, self._luns)
+        return special.get(kind, self._stands)
 
     def _stands(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
         """Put up every rival that can show the image and shows the right content."""
@@ -114,6 +125,17 @@ class Turns:
         image = self._images.get(work.image)
         offsets = prepared(image, directory, sequential=work.kind == LUN_SEQUENTIAL)
         for name, turn in luns.turns(work, image, offsets, stack, directory, self._seconds).items():
+            yield Stand(name, directory, directory, image, turn)
+
+    def _exports(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
+        """Make ready to compare those that write a point to a file; each turn is a whole command."""
+        image = self._images.get(work.image)
+        form = FORMS[work.form]
+        room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=None if form.since else roomy())))
+        if form.shared:
+            image = stack.enter_context(exports.on_xfs(image, room))
+            room = image.path.parent
+        for name, turn in exports.turns(work.form, image, room, found).items():
             yield Stand(name, directory, directory, image, turn)
 
     def _stand(

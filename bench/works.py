@@ -13,6 +13,9 @@ INSIDE = (FIND, COPY_ALL, FIRST_LIST)  # works with the files inside an image: b
 DIFF = "diff"  # comparing two points byte by byte: bench/blocks.py
 LUN_RANDOM, LUN_SEQUENTIAL = "lun-random", "lun-sequential"  # an image on an iSCSI target: bench/luns.py
 LUNS = (LUN_RANDOM, LUN_SEQUENTIAL)
+EXPORT = "export"  # writing a point to a file: bench/exports.py
+CONVERT = "qemu-img convert"
+WITH_STARTS = (FIRST_BYTE, EXPORT)  # works that an image's name alone does not choose
 COMPARE, CMP = "qemu-img compare", "cmp -l over the mount"
 LOOP, FUSE2FS, GUESTMOUNT = "loop mount of NAME.raw", "fuse2fs", "guestmount"
 TITLES = {
@@ -32,11 +35,45 @@ TITLES = {
     "1tib": "1 TiB virtual, 1 GiB of data, and its copy",
 }
 UNITS = {
-    **{RANDOM: "reads/s", SEQUENTIAL: "MiB/s", GREP: "s", COPY: "s", FIRST_BYTE: "ms"},
+    **{RANDOM: "reads/s", SEQUENTIAL: "MiB/s", GREP: "s", COPY: "s", FIRST_BYTE: "ms", EXPORT: "s"},
     **{FIND: "s", COPY_ALL: "s", FIRST_LIST: "ms", DIFF: "s"},
     **{LUN_RANDOM: "reads/s", LUN_SEQUENTIAL: "MiB/s"},
 }
+EXPORT_MEMORY = 256 << 20  # bytes of an export at its peak
 MEMORY_GOAL = 96 << 20  # bytes of the daemon at its peak, over all works
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an export is to be.
+
+    Attributes:
+        title: for the heading.
+        format: "raw" or "qcow2".
+        ours, theirs: further options of qcowfs export and qemu-img convert.
+        since: an overlay of the older point.
+        shared: on a file system that lets files share blocks.
+        remark: for below the table.
+    """
+
+    title: str
+    format: str = "qcow2"
+    ours: tuple[str, ...] = ()
+    theirs: tuple[str, ...] = ()
+    since: bool = False
+    shared: bool = False
+    remark: str = ""
+
+
+FORMS = {
+    "raw": Form("raw", format="raw"),
+    "qcow2": Form("qcow2"),
+    "raw-shared": Form("raw, on XFS", format="raw", shared=True),
+    "qcow2-shared": Form("qcow2, on XFS", shared=True),
+    "zlib": Form("qcow2 -c, zlib", ours=("-c",), theirs=("-c",)),
+    "zstd": Form("qcow2 -c, zstd", ours=("--compression", "zstd"), theirs=("-c", "-o", "compression_type=zstd")),
+    "since": Form("overlay of the older", since=True, remark="qemu-img convert -B copies all data of the snapshot"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +81,13 @@ class Work:
     """One table of figures.
 
     Attributes:
-        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, DIFF, or one of INSIDE or LUNS.
+        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, DIFF, EXPORT, or one of INSIDE or LUNS.
         image: a recipe's name in bench/images.py.
         goals: what the project promises; empty where a work only shows something.
         references: rivals beside qcowfs and its peers.
         jobs: readers at once.
         most: what the median of qcowfs must not exceed, in the work's unit; 0: nothing is promised.
+        form: of an export, a key of FORMS.
         cold: drop what the kernel keeps of the rival's file before each turn.
     """
 
@@ -59,6 +97,7 @@ class Work:
     references: tuple[str, ...] = ()
     jobs: int = 1
     most: float = 0
+    form: str = ""
     cold: bool = True
 
     @property
@@ -78,16 +117,18 @@ class Work:
             DIFF: f"where two points differ: {image}",
             LUN_RANDOM: f"4 KiB random after the mount, {jobs}: {image} on an iSCSI target",
             LUN_SEQUENTIAL: f"sequential 1 MiB after the mount: {image} on an iSCSI target",
+            EXPORT: f"export as {FORMS[self.form].title}: {image}" if self.form else "",
         }[self.kind]
 
     @property
     def rivals(self) -> tuple[str, ...]:
         """Return the names of those that are compared."""
-        return self.references if self.kind in (DIFF, *INSIDE, *LUNS) else (OURS, PLAIN_PATH, *PEERS, *self.references)
+        alone = self.kind in (DIFF, EXPORT, *INSIDE, *LUNS)
+        return self.references if alone else (OURS, PLAIN_PATH, *PEERS, *self.references)
 
     def is_asked_for(self, words: list[str]) -> bool:
         """Return whether it fits one of the words: KIND, IMAGE, KIND-IMAGE, "inside"; IMAGE means its reads alone."""
-        named = {self.kind, f"{self.kind}-{self.image}"} | ({self.image} if self.kind != FIRST_BYTE else set())
+        named = {self.kind, f"{self.kind}-{self.image}"} | ({self.image} if self.kind not in WITH_STARTS else set())
         named |= {"inside"} if self.kind in INSIDE else {"luns"} if self.kind in LUNS else set()
         return not words or bool(named & set(words))
 
@@ -107,6 +148,12 @@ def like_plain(image: str, *more: Goal) -> list[Work]:
 def peers(times: float) -> tuple[Goal, ...]:
     """Return a goal against the best peer."""
     return (Goal(BEST_PEER, times),)
+
+
+def export(image: str, form: str, times: float) -> Work:
+    """Return the work of an export that is to be `times` as fast as qemu-img convert; 0: nothing is promised."""
+    goals = (Goal(CONVERT, times),) if times else ()
+    return Work(EXPORT, image, goals, (OURS, CONVERT), form=form)
 
 
 NEAR_LIMIT = (Goal(LIMIT, 0.9),)
@@ -133,5 +180,14 @@ WORKS = [
     Work(DIFF, "1tib", references=(OURS, COMPARE), most=2.0),
     *(Work(LUN_RANDOM, "plain", peers(1.0), (OURS, QEMU), jobs) for jobs in (1, 4)),
     Work(LUN_SEQUENTIAL, "plain", peers(1.0), (OURS, QEMU)),
+    export("plain", "raw", 1.5),
+    export("plain", "qcow2", 1.5),
+    export("plain", "raw-shared", 1.5),
+    export("plain", "qcow2-shared", 1.5),
+    export("zlib", "raw", 2.0),
+    export("zstd", "raw", 2.0),
+    export("zlib", "zlib", 0),
+    export("zlib", "zstd", 0),
+    export("churn", "since", 1.5),
     *(Work(kind, "ext4", references=(OURS, LOOP, FUSE2FS, GUESTMOUNT)) for kind in INSIDE),
 ]

@@ -9,7 +9,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memset
 
 from qcowfs._core cimport Disk, disk_has_warning, disk_read, holds_data
-from qcowfs._tables cimport fault_t
+from qcowfs._resolve cimport disk_resolve, resolved_t
+from qcowfs._tables cimport NORMAL, LayerMap, fault_t
 
 cdef enum:
     STEPS = 1 << 16  # clusters that one call looks at: some milliseconds, and then Python may be interrupted
@@ -62,6 +63,39 @@ def read_into(Disk disk not None, uint64_t offset, unsigned char[::1] buffer not
         disk.warn_past_end()
     if status < 0:
         raise disk.read_fault(&fault)
+
+
+def descriptors_of(Disk disk not None):
+    """Return the descriptors of the files that data of the disk is in; none if one of them is no local file."""
+    cdef LayerMap layer
+    cdef list found = [layer.c.data.fd for layer in disk.layers]
+    return [] if min(found) < 0 else found
+
+
+def stored_runs(Disk disk not None, uint64_t offset, uint64_t length):
+    """Return (descriptor, host offset, length) of each run of the range, in order; none if some is not stored as it is.
+
+    A run may reach past the end of its file, whose data reads as zeros there.
+    """
+    cdef resolved_t run
+    cdef fault_t ignored
+    cdef int status
+    cdef list found = []
+    if offset >= disk.c.virtual_size or length > disk.c.virtual_size - offset:
+        return []
+    while length > 0:  # a resolved length is > 0
+        with nogil:
+            status = disk_resolve(&disk.c, offset, length, &run, &ignored)
+        if status < 0 or run.mapping.type != NORMAL or run.layer.data.fd < 0:
+            return []
+        file, start, size = run.layer.data.fd, run.mapping.host_offset, run.mapping.length
+        if found and found[-1][0] == file and found[-1][1] + found[-1][2] == start:
+            _, start, before = found.pop()
+            size += before
+        found.append((file, start, size))
+        offset += run.mapping.length
+        length -= run.mapping.length
+    return found
 
 
 @boundscheck(False)  # every unit lies within both buffers: their lengths are compared first

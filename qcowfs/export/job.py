@@ -18,6 +18,7 @@ from qcowfs.export.compression import COMPRESSIONS
 from qcowfs.export.copying import Copy, Report, Unreadable, Writer, merged
 from qcowfs.export.qcow2file import Backing, Qcow2Writer
 from qcowfs.export.rawfile import RawWriter
+from qcowfs.export.sharing import can_share
 from qcowfs.export.target import Target, private_mode, require_free
 from qcowfs.snapshot import Point, open_disk, require_unchanged
 
@@ -104,8 +105,10 @@ def export(
     disk = open_disk(chain, point, cache)
     before = None if old is None else open_disk(chain, old, cache)
     with Target(path, force=force, mode=private_mode(chain)) as target:
+        is_copy = old is None and form.compression is None
+        shared = is_copy and not _is_written(chain) and can_share(disk, target.descriptor)
         writer = _writer(target.descriptor, disk.virtual_size, form, backing)
-        copy = Copy(disk, before, writer, keep_going=keep_going)
+        copy = Copy(disk, before, writer, keep_going=keep_going, shared=shared)
         try:
             copy.run(watch(copy.total) if watch is not None else None)
             writer.finish()
@@ -124,6 +127,11 @@ def export(
         backing=backing,
         unreadable=merged(copy.unreadable),
     )
+
+
+def _is_written(chain: Chain) -> bool:
+    """Is a machine running? What shares its blocks with a file makes the next write to them take new ones."""
+    return any(layer.written_by_other for layer in chain.layers)
 
 
 def _writer(descriptor: int, virtual_size: int, form: Form, backing: Backing | None) -> Writer:

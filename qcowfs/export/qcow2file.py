@@ -20,6 +20,7 @@ from qcowfs.errors import QcowfsError
 from qcowfs.export.compression import Compress
 from qcowfs.export.kinds import DATA, ZEROS
 from qcowfs.export.rawfile import write_all
+from qcowfs.export.sharing import Run, share
 from qcowfs.qcow2 import header
 
 __all__ = ["Backing", "Qcow2Writer"]
@@ -106,10 +107,20 @@ class Qcow2Writer:
                 entries[place : place + count] = array("Q", [READS_AS_ZEROS] * count)
             elif kind == DATA:
                 clusters = data[place * CLUSTER : (place + count) * CLUSTER]
-                entries[place : place + count] = array("Q", self._write_data(clusters, count))
+                entries[place : place + count] = self._write_data(clusters, count)
             place += count
-        table = self._l2_table(offset // REACH)
-        write_all(self._descriptor, _big_endian(entries), table + offset % REACH // CLUSTER * 8)
+        self._write_entries(offset, entries)
+
+    def share(self, offset: int, length: int, runs: list[Run]) -> bool:
+        """Share `runs` instead of writing the clusters that are in them; False: they are to be written."""
+        count = length // CLUSTER
+        with self._lock:
+            host_offset = self._allocate(count)
+        if not share(runs, self._descriptor, host_offset):
+            self._give_up(host_offset, count)
+            return False
+        self._write_entries(offset, _standard(host_offset, count))
+        return True
 
     def finish(self) -> None:
         """Write the tables and the header; the file is an image only now."""
@@ -118,13 +129,14 @@ class Qcow2Writer:
         os.ftruncate(self._descriptor, len(self._refcounts) * CLUSTER)
         write_all(self._descriptor, self._header(table_offset, table_clusters), 0)
 
-    def _write_data(self, clusters: memoryview, count: int) -> list[int]:
+    def _write_data(self, clusters: memoryview, count: int) -> array[int]:
         if self._compress is not None:
-            return [self._write_compressed(clusters[n * CLUSTER : (n + 1) * CLUSTER]) for n in range(count)]
+            pieces = (clusters[start : start + CLUSTER] for start in range(0, count * CLUSTER, CLUSTER))
+            return array("Q", map(self._write_compressed, pieces))
         with self._lock:
             host_offset = self._allocate(count)
         write_all(self._descriptor, clusters, host_offset)
-        return [host_offset + number * CLUSTER | COPIED for number in range(count)]
+        return _standard(host_offset, count)
 
     def _write_compressed(self, cluster: memoryview) -> int:
         stream = self._compress(cluster) if self._compress else None
@@ -139,6 +151,10 @@ class Qcow2Writer:
         further_sectors = (host_offset + len(stream) - 1 >> SECTOR_BITS) - (host_offset >> SECTOR_BITS)
         return COMPRESSED | further_sectors << SECTORS_SHIFT | host_offset
 
+    def _write_entries(self, offset: int, entries: array[int]) -> None:
+        table = self._l2_table(offset // REACH)
+        write_all(self._descriptor, _big_endian(entries), table + offset % REACH // CLUSTER * 8)
+
     def _l2_table(self, index: int) -> int:
         """Return the host offset of the L2 table under L1 entry `index`; it is a hole of the file at first."""
         with self._lock:
@@ -151,6 +167,12 @@ class Qcow2Writer:
         host_offset = len(self._refcounts) * CLUSTER
         self._refcounts.extend([1] * count)
         return host_offset
+
+    def _give_up(self, host_offset: int, count: int) -> None:
+        """Leave clusters unused: a hole of the file, as nothing was written there."""
+        with self._lock:
+            first = host_offset // CLUSTER
+            self._refcounts[first : first + count] = array("H", bytes(2 * count))
 
     def _allocate_bytes(self, length: int) -> int:
         """Return the host offset of room for compressed data, less than a cluster of it. The lock is held.
@@ -221,6 +243,11 @@ class Qcow2Writer:
             + extensions
             + name
         )
+
+
+def _standard(host_offset: int, count: int) -> array[int]:
+    """Return the L2 entries of clusters that lie one after the other."""
+    return array("Q", (host_offset + number * CLUSTER | COPIED for number in range(count)))
 
 
 def _big_endian(numbers: array[int]) -> memoryview:

@@ -9,6 +9,7 @@ import os
 from itertools import groupby
 
 from qcowfs.export.kinds import DATA
+from qcowfs.export.sharing import Run, share
 
 __all__ = ["RawWriter"]
 
@@ -40,6 +41,10 @@ class RawWriter:
             if kind == DATA:
                 write_all(self._descriptor, data[start:end], offset + start)
             start = end
+
+    def share(self, offset: int, length: int, runs: list[Run]) -> bool:
+        """Share `runs` instead of writing what is in them; False: it is to be written."""
+        return share(runs, self._descriptor, offset)
 
     def finish(self) -> None:
         """Give the file its length; what the last unit has beyond the disk is cut off."""

@@ -155,6 +155,36 @@ def test_files_of_a_running_machines_frozen_layer_are_shown(
     assert read == checksum
 
 
+def test_another_machine_boots_with_the_exports(machine: Machine, frozen: tuple[Path, str], tmp_path: Path) -> None:
+    """A chain, a lone image, a raw disk: its kernel replays their journals, and its checksums are the first one's."""
+    overlay, checksum = frozen
+    machine.poweroff()
+    chain, based = tmp_path / "chain", tmp_path / "based.qcow2"
+    for words in (
+        ("--all", chain, overlay),
+        ("-O", "qcow2", "--compression", "zstd", overlay, "disk", tmp_path / "alone.qcow2"),
+        (overlay, "disk", tmp_path / "disk.raw"),
+    ):
+        assert call("export", *words).returncode == 0
+    # A machine writes to what it boots with; an overlay's backing file is to stay as it is.
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", chain / "disk.qcow2", "-F", "qcow2", based)
+    for path in (*chain.iterdir(), tmp_path / "alone.qcow2"):
+        qemu("qemu-img", "check", "-q", "-f", "qcow2", path)
+
+    disks = [chain / "current.qcow2", based, tmp_path / "alone.qcow2", tmp_path / "disk.raw"]
+    with Machine(disks, directory=tmp_path) as another:
+        another.run("cd /mnt; for disk in a b c d; do mkdir $disk && mount /dev/vd$disk $disk || exit; done")
+        files = another.run("cd /mnt; ls -d */gone */later").split()
+        checksums = another.run("cd /mnt; sha256sum */gone").split()[::2]
+        later = another.run("cat /mnt/a/later")
+        another.poweroff()
+
+    assert {"current.qcow2", "disk.qcow2", "disk@before.qcow2"} == set(os.listdir(chain))
+    assert ["a/later", "b/gone", "c/gone", "d/gone"] == sorted(files)
+    assert [checksum] * 3 == checksums
+    assert later == "later\n"
+
+
 def test_whoever_mounts_reads_all_files_and_others_what_modes_let_them(
     frozen: tuple[Path, str], target: Path, ordinary: Person
 ) -> None:

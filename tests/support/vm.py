@@ -48,7 +48,8 @@ class Machine:
     """One virtual machine; use it in a `with`.
 
     Attributes:
-        disks: the images, in order /dev/vda, /dev/vdb, ...; QMP knows them as `disk0`, `disk1`, ...
+        disks: the images, in order /dev/vda, /dev/vdb, ...; QMP knows them as `disk0`, `disk1`, ... They are qcow2, or
+            raw where their names end so.
         events: the QMP events that came so far, oldest first.
     """
 
@@ -166,7 +167,8 @@ class Machine:
         command += ["-mon", "chardev=monitor,mode=control"]
         for number, disk in enumerate(self.disks):
             path = str(disk).replace(",", ",,")
-            command += ["-drive", f"id=disk{number},if=virtio,format=qcow2,file={path}"]
+            disk_format = "raw" if path.endswith(".raw") else "qcow2"
+            command += ["-drive", f"id=disk{number},if=virtio,format={disk_format},file={path}"]
         return command
 
     def _wait_until_ready(self) -> None:

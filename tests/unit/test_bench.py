@@ -9,7 +9,7 @@ import pytest
 
 from bench import figures, reader, report, scattered, trees
 from bench.figures import Figures
-from bench.works import INSIDE, WORKS
+from bench.works import EXPORT, FORMS, INSIDE, WORKS
 from tests.support import need
 from tests.support.qemu import qemu
 
@@ -75,6 +75,7 @@ def test_data_runs_end_with_the_last_data(tmp_path: Path) -> None:
         ("first-byte-12tib", ["mount to first byte: 12 TiB virtual, 20,480 L2 tables"]),
         ("copy", ["cp --sparse=auto: half-sparse image"]),
         ("copy-all", ["cp -a of all files inside: ext4"]),
+        ("export-zstd", ["export as raw: zstd"]),
         ("zli", []),
     ],
 )
@@ -87,6 +88,10 @@ def test_all_works_with_the_files_inside_are_chosen_by_one_word() -> None:
 
     assert list(INSIDE) == [work.kind for work in chosen]
     assert {name for work in chosen for name in work.rivals} == trees.RIVALS.keys()
+
+
+def test_every_form_of_an_export_is_measured() -> None:
+    assert {work.form for work in WORKS if work.kind == EXPORT} == FORMS.keys()
 
 
 def test_a_work_in_which_qcowfs_was_left_out_still_has_its_table() -> None:
