@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from bench import rivals
 from bench.figures import BEST_PEER, Figures, Goal, most_memory, verdict
-from bench.works import MEMORY_GOAL, UNITS, Work
+from bench.works import DIFF, MEMORY_GOAL, UNITS, Work
 
 MIB = 1 << 20
 
@@ -121,7 +121,7 @@ def summary(results: Mapping[Work, Figures]) -> str:
             continue
         middle = f"{three(work, found, rivals.OURS)[1]} {UNITS[work.kind]}"
         lines += [f"| {work.title} | {middle} | {text} |" for text in texts]
-    peaks = most_memory(found.memory for found in results.values())
+    peaks = most_memory(found.memory for work, found in results.items() if work.kind != DIFF)  # that is no daemon
     if rivals.OURS in peaks:
         lines.append(memory_line(peaks[rivals.OURS]))
         others = ", ".join(f"{name} {peak / MIB:.0f}" for name, peak in peaks.items() if name != rivals.OURS)
