@@ -26,6 +26,7 @@ from qcowfs.errors import QcowfsError, UsageError, printable
 __all__ = ["VERBS", "build_parser", "command", "main", "report"]
 
 VERBS = ("mount", "umount", "list", "ls", "cat", "diff", "history", "restore", "export", "info", "map")
+DIFF_FAILED = 3  # what other verbs end with 1 for
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing can meet, and all that is written is output
 
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except QcowfsError as error:
         report(error)
-        return error.exit_code
+        return _failed(words, error.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -117,11 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + 13  # what SIGPIPE would have made of it
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return _cannot_print(error)
+            return _failed(words, _cannot_print(error))
         if debug:
             raise
         _tell(f"qcowfs: internal error: {printable(repr(error))}", "hint: --debug shows where; please report it")
-        return 1
+        return _failed(words)
+
+
+def _failed(words: Sequence[str], code: int = QcowfsError.exit_code) -> int:
+    """Return what an error ends with: 1 is an answer of diff, as it is one of diff(1)."""
+    return DIFF_FAILED if code == QcowfsError.exit_code and _verb(words) == "diff" else code
 
 
 def report(error: QcowfsError) -> None:
@@ -165,7 +171,7 @@ def build_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
 
 
 def _run(words: list[str]) -> int:
-    verb = next((word for word in words if not word.startswith("-")), None)
+    verb = _verb(words)
     if "--version" in words and verb is None:
         return _print_version()
     if verb is None or verb in VERBS:
@@ -176,6 +182,10 @@ def _run(words: list[str]) -> int:
         return int(_module("mount").run_bare(words))
     hint = f"did you mean '{near[0]}'?" if near else f"verbs are {', '.join(VERBS)}"
     raise UsageError(f"'{printable(verb)}' is not a verb of qcowfs", hint=hint)
+
+
+def _verb(words: Sequence[str]) -> str | None:
+    return next((word for word in words if not word.startswith("-")), None)
 
 
 def _looks_like_mount(words: Sequence[str], image: str) -> bool:

@@ -148,9 +148,15 @@ class _Table:
         if faults.more:
             report(QcowfsError(f"cannot compare {faults.more} more ranges"))
         if count:
-            print(f"{count} range{'s' if count > 1 else ''}, {total} bytes ({output.human_size(total)}) differ")
+            verb = "differs" if total == 1 else "differ"
+            print(f"{output.counted(count, 'range')}, {output.counted(total, 'byte')}{_rounded(total)} {verb}")
         if self._sizes[0] != self._sizes[1]:
             print(f"virtual sizes differ: {self._sizes[0]} and {self._sizes[1]} bytes")
+
+
+def _rounded(size: int) -> str:
+    """Return a size for people behind the exact one, where it is another."""
+    return f" ({output.human_size(size)})" if size >= 1024 else ""
 
 
 class _Document:

@@ -16,6 +16,7 @@ from typing import Any
 from qcowfs.errors import QcowfsError, printable
 
 __all__ = [
+    "counted",
     "human_size",
     "image_text",
     "local_date",
@@ -37,6 +38,11 @@ def human_size(size: int | None) -> str:
         return "-"
     exponent = max(0, min((size.bit_length() - 1) // 10, len(UNITS) - 1))
     return f"{size / (1 << 10 * exponent):.3g} {UNITS[exponent]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return "1 range" or "2 ranges"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def local_date(date_ns: int) -> str:
