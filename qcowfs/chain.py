@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 
 from qcowfs import filename, limits, qcow1, raw
 from qcowfs._source import Source
 from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage, printable
 from qcowfs.filename import FORMATS, FileName
+from qcowfs.frozen import dataclass
 from qcowfs.gate import Gate, Policy
 from qcowfs.qcow2 import header as qcow2
 from qcowfs.qcow2.snapshots import SnapshotEntry, read_snapshots

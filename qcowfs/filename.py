@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import Any
 
-from qcowfs import jsonname, limits
+from qcowfs import limits
 from qcowfs.errors import CorruptImage, UnsupportedImage, printable
+from qcowfs.frozen import dataclass
 
 __all__ = ["FORMATS", "FileName", "parse", "parse_data_file_name"]
 
@@ -95,6 +95,8 @@ def _unsupported(text: str, why: str, image: str) -> UnsupportedImage:
 
 def _from_json(text: bytes, image: str) -> FileName:
     try:
+        from qcowfs import jsonname  # 5 ms, and few names are written in it
+
         options = jsonname.parse(text)
     except (ValueError, RecursionError) as error:
         raise _bad(printable(str(error)), image) from error

@@ -7,11 +7,11 @@ block/qcow.c (there is no specification). Pure functions over a Source; any thre
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qcowfs import limits
 from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage
+from qcowfs.frozen import dataclass
 
 if TYPE_CHECKING:
     from qcowfs._source import Source

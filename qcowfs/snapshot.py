@@ -7,7 +7,6 @@ and which of them stay as they are. Sizes that need a walk of tables are in `siz
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 from qcowfs import qcow1
@@ -16,6 +15,7 @@ from qcowfs._core import Disk
 from qcowfs._tables import LayerMap
 from qcowfs.chain import Chain, Layer
 from qcowfs.errors import QcowfsError, UnsupportedImage, printable
+from qcowfs.frozen import dataclass
 from qcowfs.qcow2 import header as qcow2
 from qcowfs.qcow2.snapshots import SnapshotEntry, read_snapshots, validate_l1
 

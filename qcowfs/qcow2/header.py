@@ -10,12 +10,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcowfs import limits
 from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage, printable
+from qcowfs.frozen import dataclass, field
 
 if TYPE_CHECKING:
     from qcowfs._source import Source

@@ -7,11 +7,11 @@ specification, "Snapshots". Pure functions over a Source; any thread.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qcowfs import limits
 from qcowfs.errors import CorruptImage, SourceError
+from qcowfs.frozen import dataclass
 from qcowfs.qcow2.header import Header
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
 
 from qcowfs._source import FileSource, SliceSource, Source
 from qcowfs.errors import SourceError
+from qcowfs.frozen import dataclass
 
 __all__ = ["File", "open_file"]
 

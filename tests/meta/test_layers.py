@@ -41,7 +41,7 @@ ROWS = (
     ("_answer", "_sandbox"),
     ("_records", "_crc32c"),
     ("clib",),
-    ("errors", "limits", "__init__"),
+    ("errors", "limits", "frozen", "__init__"),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 CIMPORT = re.compile(r"^\s*from\s+qcowfs\.(\w+)(?:\.\w+)?\s+c?import|^\s*c?import\s+qcowfs\.(\w+)", re.MULTILINE)
