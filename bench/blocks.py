@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.figures import Figures
-from bench.images import AFTER, BEFORE, CHANGED, Image, copy_of
-from bench.programs import HERE, run
+from bench.images import AFTER, BEFORE, CHURNED, Image, changed, copy_of
+from bench.programs import HERE
 from bench.reader import WrongContentError, warm
 from bench.rivals import OURS, our_command, qcowfs
 from bench.works import CMP, COMPARE
 
-REMARK = "qemu-img compare ends with the first difference, so it is given the raw file of one of them, and a copy"
+REMARK = "qemu-img compare ends with the first difference, so it is given the raw file of one point twice"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Command:
 def commands(image: Image, directory: Path) -> Iterator[dict[str, Command]]:
     """Yield the command of each rival for an image with two points, or for one and its copy."""
     with ExitStack() as stack:
-        if image.name != "churn":
+        if image.name not in CHURNED:
             both = [str(image.path), str(copy_of(image.path))]
             ours = our_command("diff", "--blocks", "--json", *both)
             yield {OURS: Command(ours, 0), COMPARE: Command(["qemu-img", "compare", "-q", *both], 0)}
@@ -40,10 +42,7 @@ def commands(image: Image, directory: Path) -> Iterator[dict[str, Command]]:
         directory.mkdir()
         qcowfs("mount", image.path, directory)
         stack.callback(qcowfs, "umount", directory)
-        equal = directory.with_name("equal.raw")
-        stack.callback(equal.unlink, missing_ok=True)
-        run("cp", "--sparse=always", image.raw, equal)
-        raws = ["-f", "raw", "-F", "raw", str(image.raw), str(equal)]
+        raws = ["-f", "raw", "-F", "raw", str(image.raw), str(image.raw)]
         shown = [str(directory / f"{name}.raw") for name in (BEFORE, AFTER)]
         ours = our_command("diff", "--blocks", "--json", image.path, BEFORE, AFTER)
         yield {
@@ -57,27 +56,37 @@ def turns(image: Image, stack: ExitStack, directory: Path, found: Figures) -> di
     """Return what measures a turn of each rival, in seconds."""
     made = stack.enter_context(commands(image, directory / "shown"))
     warm([*image.files(), image.raw])
-    expected = CHANGED if image.name == "churn" else 0
-    found.remarks = [REMARK] if image.name == "churn" else []
+    expected = changed(CHURNED[image.name]) if image.name in CHURNED else 0
+    found.remarks = [REMARK] if image.name in CHURNED else []
 
     def turn(name: str) -> Callable[[int], float]:
         def measure(number: int) -> float:
-            passed, printed = timed(made[name], directory / "printed")
-            if name == OURS and json.loads(printed.read_bytes())["bytes"] != expected:
+            done = finished(made[name], directory / "printed")
+            if name == OURS and json.loads((directory / "printed").read_bytes())["bytes"] != expected:
                 raise WrongContentError("the ranges that differ")
-            return passed
+            found.memory[name] = max(found.memory.get(name, 0), done.memory)
+            return done.seconds
 
         return measure
 
     return {name: turn(name) for name in made}
 
 
-def timed(command: Command, printed: Path) -> tuple[float, Path]:
-    """Return the seconds that a command takes, and where its output is."""
+class Done(NamedTuple):
+    """What a command took: `memory` is the peak of its resident bytes."""
+
+    seconds: float
+    memory: int
+
+
+def finished(command: Command, printed: Path) -> Done:
+    """Run a command, with its output in `printed`."""
     with printed.open("wb") as output:
         start = time.monotonic()
-        done = subprocess.run(command.words, stdout=output, cwd=HERE.parent)
-        passed = time.monotonic() - start
-    if done.returncode != command.code:
-        raise RuntimeError(f"{command.words[0]} ended with {done.returncode}")
-    return passed, printed
+        process = subprocess.Popen(command.words, stdout=output, cwd=HERE.parent)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != command.code:
+        raise RuntimeError(f"{command.words[0]} ended with {process.returncode}")
+    return Done(seconds, usage.ru_maxrss << 10)

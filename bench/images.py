@@ -16,8 +16,9 @@ MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 SIZE, DATA = GIB, 512 * MIB  # of most images: more data than any cache of a daemon, and small enough for the kernel's
 SNAPSHOTS, MEASURED_SNAPSHOT = 50, "s10"
 BEFORE, AFTER = "before", "after"  # snapshots of the image whose points are compared
-CHURNED = 4 * GIB  # of that image: comparing all of it takes seconds, which the start of a program is nothing beside
-CHANGED = (CHURNED // 50) >> 16 << 16
+# Of the images with two such points: of the larger one, comparing all takes long beside the start of any program, and
+# it is as large as the memory of a usual machine can hold, once as an image and once as a raw file.
+CHURNED = {"churn": 4 * GIB, "churn8": 8 * GIB}
 TABLES = 20_480
 RECIPE = 1  # raise it when an image is made in another way, so that kept ones are made again
 
@@ -147,14 +148,23 @@ def copy_of(path: Path) -> Path:
     return path.with_name("copy.qcow2")
 
 
-def churn(path: Path, images: Images) -> None:
-    """4 GiB of random data with two internal snapshots, and 2 % of its clusters written between them."""
-    converted(path, lambda raw: contents.write_random(raw, CHURNED, CHURNED))
-    run("qemu-img", "snapshot", "-q", "-c", BEFORE, path)
-    places = random.Random(2).sample(range(CHURNED >> 16), CHANGED >> 16)
-    commands = [word for place in places for word in ("-c", f"write -P 2 {place << 16} 64k")]
-    run("qemu-io", "-f", "qcow2", *commands, path)
-    run("qemu-img", "snapshot", "-q", "-c", AFTER, path)
+def changed(size: int) -> int:
+    """Return how many bytes of so large an image are written between its two points: 2 %, in clusters."""
+    return (size // 50) >> 16 << 16
+
+
+def churn(size: int) -> Callable[[Path, Images], None]:
+    """Return the recipe of random data with two internal snapshots, and 2 % of its clusters written between them."""
+
+    def make(path: Path, images: Images) -> None:
+        converted(path, lambda raw: contents.write_random(raw, size, size))
+        run("qemu-img", "snapshot", "-q", "-c", BEFORE, path)
+        places = random.Random(2).sample(range(size >> 16), changed(size) >> 16)
+        commands = [word for place in places for word in ("-c", f"write -P 2 {place << 16} 64k")]
+        run("qemu-io", "-f", "qcow2", *commands, path)
+        run("qemu-img", "snapshot", "-q", "-c", AFTER, path)
+
+    return make
 
 
 def one_tib(path: Path, images: Images) -> None:
@@ -199,7 +209,7 @@ RECIPES: dict[str, Callable[[Path, Images], None]] = {
     "chain10": chain(10),
     "chain40": chain(40),
     "snapshots": snapshots,
-    "churn": churn,
+    **{name: churn(size) for name, size in CHURNED.items()},
     "1tib": one_tib,
     "4tib": four_tib,
     "12tib": twelve_tib,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from bench import rivals
 from bench.figures import BEST_PEER, Figures, Goal, most_memory, verdict
-from bench.works import EXPORT, EXPORT_MEMORY, MEMORY_GOAL, UNITS, Work
+from bench.works import DIFF, EXPORT, EXPORT_MEMORY, MEMORY_GOAL, UNITS, Work
 
 MIB = 1 << 20
 
@@ -124,7 +124,7 @@ def summary(results: Mapping[Work, Figures]) -> str:
     written = most_memory(found.memory for work, found in results.items() if work.kind == EXPORT)
     if rivals.OURS in written:
         lines.append(memory_line("an export's peak memory", written[rivals.OURS], EXPORT_MEMORY))
-    peaks = most_memory(found.memory for work, found in results.items() if work.kind != EXPORT)
+    peaks = most_memory(found.memory for work, found in results.items() if work.kind not in (DIFF, EXPORT))
     if rivals.OURS in peaks:
         lines.append(memory_line("daemon's peak memory over all works", peaks[rivals.OURS], MEMORY_GOAL))
         others = ", ".join(f"{name} {peak / MIB:.0f}" for name, peak in peaks.items() if name != rivals.OURS)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from qcowfs import limits
 from qcowfs._mapped import Mapped
@@ -40,8 +40,20 @@ OLD, NEW = 0, 1  # sides
 CONTENTS = "contents"
 SAME = ("size", "mtime", "mtime_ns", "ctime", "ctime_ns", "mode", "uid", "gid", "rdev", "ino")
 
-Tell = Callable[[int | None, bytes, str], None]  # (side, None: both or unknown; path; what is wrong there)
 Pair = tuple[bytes, Place | None, Place | None]
+
+
+class Tell(Protocol):
+    """Is told what is damaged.
+
+    Args:
+        side: OLD or NEW; None: both or unknown.
+        path: in the directory of a point.
+        what: is wrong there.
+        hint: what a person can do.
+    """
+
+    def __call__(self, side: int | None, path: bytes, what: str, *, hint: str | None = None) -> None: ...
 
 
 class Change(NamedTuple):

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qcowfs import jsonname, limits, remotename
+from qcowfs import limits, remotename
 from qcowfs.errors import CorruptImage, UnsupportedImage, printable
 from qcowfs.source import foreignformat
 from qcowfs.source.remote import SCHEMES
@@ -114,6 +114,8 @@ def _unsupported(text: str, why: str, image: str) -> UnsupportedImage:
 
 def _from_json(text: bytes, image: str) -> FileName:
     try:
+        from qcowfs import jsonname  # 5 ms, and few names are written in it
+
         options = jsonname.parse(text)
     except (ValueError, RecursionError) as error:
         raise _bad(printable(str(error)), image) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import stat
 from dataclasses import dataclass
 
@@ -42,6 +41,8 @@ class _Name:
     role: str
 
     def refused(self, why: str, *, allowed_by: str | None = None) -> GateRefused:
+        import shlex  # 3 ms, for a refusal
+
         told = f"it names the {self.role} {printable(self.resolved)}"
         hint = allowed_by and f"--allow-backing {shlex.quote(printable(allowed_by))} allows it"
         return GateRefused(self.named_by, told, why, hint=hint)

@@ -6,7 +6,6 @@ string may stand in single quotes. Whatever two parsers could read in two ways i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -27,6 +26,8 @@ def parse(text: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is no object, nests too deep, has an option twice, or holds a string that no file can be called.
     """
+    import json  # 5 ms, and few names are written in it
+
     unicode = text.decode()
     if _depth(_STRING.sub("", unicode)) > limits.MAX_JSON_DEPTH:
         raise ValueError("nested too deep")

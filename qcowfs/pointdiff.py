@@ -51,7 +51,7 @@ def _volume(comparison: Comparison, name: bytes, old: Volumes, new: Volumes, too
 
 
 def _raw(
-    comparison: Comparison, name: bytes, old: Volumes, new: Volumes, roots: tuple[Place | str, Place | str]
+    comparison: Comparison, name: bytes, old: Volumes, new: Volumes, roots: tuple[Place | TreeFault, Place | TreeFault]
 ) -> Iterator[Change]:
     """Compare the bytes of a volume that has no tree in one of two points."""
     one, other = (_told_root(comparison, side, point, name + SUFFIX) for side, point in ((OLD, old), (NEW, new)))
@@ -59,8 +59,8 @@ def _raw(
         return
     if any(isinstance(root, Place) for root in roots):
         for side, root in enumerate(roots):
-            if isinstance(root, str):
-                comparison.tell(side, name, f"{root}; the volume is compared as a whole")
+            if isinstance(root, TreeFault):
+                comparison.tell(side, name, f"{root.what}; the volume is compared as a whole", hint=root.hint)
     try:
         same = comparison.same_contents(one, other)
     except QcowfsError as error:
@@ -75,16 +75,16 @@ def _told_root(comparison: Comparison, side: int, volumes: Volumes, name: bytes)
     root = _root(volumes, name)
     if isinstance(root, Place):
         return root
-    comparison.tell(side, name, root)
+    comparison.tell(side, name, root.what, hint=root.hint)
     return None
 
 
-def _root(volumes: Volumes, name: bytes) -> Place | str:
+def _root(volumes: Volumes, name: bytes) -> Place | TreeFault:
     """Return the root of a volume's tree, or why it has none."""
     try:
         return volumes.resolve(name, follow=False)
     except TreeFault as fault:
-        return fault.what
+        return fault
 
 
 def _shown(volumes: Volumes, name: bytes) -> Place | None:

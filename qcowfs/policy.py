@@ -6,7 +6,6 @@ words add up. Immutable; any thread.
 
 from __future__ import annotations
 
-import configparser
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,13 +87,12 @@ def _configuration_files() -> tuple[str, ...]:
 def _configured(path: str) -> Iterator[str]:
     """Yield the words of a configuration file: absolute paths, which need not exist today, URLs, or ANY."""
     try:
-        parser = _parsed(_read(path))
+        words = _words(_read(path))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return  # another user's home, say; without it less is allowed, never more
-    except (OSError, configparser.Error, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise _unusable(path, str(error).splitlines()[0]) from error
-    lines = [line.strip() for line in parser.get(SECTION, KEY, fallback="").splitlines()]
-    for word in [word for line in lines for word in ([line] if is_url(line) else line.split(":"))]:
+    for word in words:
         expanded = os.path.expanduser(word.strip())
         if not expanded:
             continue
@@ -127,12 +125,18 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _parsed(text: str) -> configparser.ConfigParser:
+def _words(text: str) -> list[str]:
     """Parse, and find what is misspelt: a word that means nothing would be a policy that somebody relies on."""
+    import configparser  # 5 ms, and hardly anybody has such a file
+
     parser = configparser.ConfigParser(interpolation=None)
-    parser.read_string(text)
+    try:
+        parser.read_string(text)
+    except configparser.Error as error:
+        raise ValueError(str(error)) from error
     unknown = [f"[{section}]" for section in parser.sections() if section != SECTION]
     unknown += [key for section in ("DEFAULT", SECTION) if section in parser for key in parser[section] if key != KEY]
     if unknown:
         raise ValueError(f"{unknown[0]}: only {KEY} in [{SECTION}] is known")
-    return parser
+    lines = [line.strip() for line in parser.get(SECTION, KEY, fallback="").splitlines()]
+    return [word for line in lines for word in ([line] if is_url(line) else line.split(":"))]

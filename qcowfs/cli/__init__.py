@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import gc
 import importlib
@@ -26,6 +25,7 @@ from qcowfs.errors import QcowfsError, UsageError, printable
 __all__ = ["VERBS", "build_parser", "command", "main", "report"]
 
 VERBS = ("mount", "umount", "list", "ls", "cat", "diff", "history", "restore", "export", "info", "map")
+DIFF_FAILED = 3  # what other verbs end with 1 for
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing can meet, and all that is written is output
 
@@ -44,6 +44,25 @@ examples:
 
 'qcowfs VERB --help' tells more about each; so does qcowfs(1).
 """
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's, which is made for each argument that is added, and imports shutil to know the width: 10 ms."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_width())
+
+
+def _width() -> int:
+    """Return the columns of a line of help, as argparse does."""
+    try:
+        return max(int(os.environ.get("COLUMNS", "")), 13) - 2
+    except ValueError:
+        pass
+    try:
+        return max(os.get_terminal_size(sys.__stdout__.fileno()).columns, 13) - 2  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):
+        return 78
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except QcowfsError as error:
         report(error)
-        return error.exit_code
+        return _failed(words, error.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -117,11 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + 13  # what SIGPIPE would have made of it
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return _cannot_print(error)
+            return _failed(words, _cannot_print(error))
         if debug:
             raise
         _tell(f"qcowfs: internal error: {printable(repr(error))}", "hint: --debug shows where; please report it")
-        return 1
+        return _failed(words)
+
+
+def _failed(words: Sequence[str], code: int = QcowfsError.exit_code) -> int:
+    """Return what an error ends with: 1 is an answer of diff, as it is one of diff(1)."""
+    return DIFF_FAILED if code == QcowfsError.exit_code and _verb(words) == "diff" else code
 
 
 def report(error: QcowfsError) -> None:
@@ -142,7 +166,7 @@ def build_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
         prog="qcowfs",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"qcowfs {__version__}")
@@ -156,7 +180,7 @@ def build_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
             help=module.HELP,
             description=description,
             epilog=getattr(module, "EXAMPLES", f"See qcowfs-{verb}(1)."),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
         )
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -165,17 +189,23 @@ def build_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
 
 
 def _run(words: list[str]) -> int:
-    verb = next((word for word in words if not word.startswith("-")), None)
+    verb = _verb(words)
     if "--version" in words and verb is None:
         return _print_version()
     if verb is None or verb in VERBS:
         args = build_parser((verb,) if verb else VERBS).parse_args(words)
         return int(_module(args.verb).run(args))
+    import difflib  # 5 ms, for those who mistype
+
     near = difflib.get_close_matches(verb, VERBS, 1)
     if _looks_like_mount(words, verb) and (not near or os.path.exists(verb)):
         return int(_module("mount").run_bare(words))
     hint = f"did you mean '{near[0]}'?" if near else f"verbs are {', '.join(VERBS)}"
     raise UsageError(f"'{printable(verb)}' is not a verb of qcowfs", hint=hint)
+
+
+def _verb(words: Sequence[str]) -> str | None:
+    return next((word for word in words if not word.startswith("-")), None)
 
 
 def _looks_like_mount(words: Sequence[str], image: str) -> bool:

@@ -21,7 +21,7 @@ Each line is a letter and a path as a mount shows it below NAME/:
   D  deleted             m  other metadata only: mode, owner, time, attributes
   R  renamed: OLD -> NEW T  of another type
 What is in a renamed directory is compared under its new name. The exit code is 0 if nothing differs, 1 if something
-does or cannot be compared. Contents are read only where neither the inode nor where it is stored decides.
+does, 10 if something cannot be compared. Contents are read only where neither the inode nor where it is stored decides.
 
 examples:
   qcowfs diff image.qcow2 before-upgrade current

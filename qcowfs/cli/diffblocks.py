@@ -6,10 +6,9 @@ Used by diff.py.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qcowfs import limits
@@ -21,7 +20,6 @@ from qcowfs.cli import output, report
 from qcowfs.cli.options import open_chain
 from qcowfs.cli.points import find_named, split_image
 from qcowfs.errors import QcowfsError, ReadFault, SourceError, UsageError, printable
-from qcowfs.mountoptions import byte_count
 from qcowfs.snapshot import Point, open_disk, require_unchanged
 
 __all__ = ["EXAMPLES", "configure_blocks", "run_blocks"]
@@ -58,12 +56,12 @@ class _Side:
         }
 
 
-@dataclass(slots=True)
 class _Faults:
     """Ranges that cannot be compared: neighbours as one, each with its first fault; `more` were too many to keep."""
 
-    kept: list[tuple[int, int, ReadFault]] = field(default_factory=list)
-    more: int = 0
+    def __init__(self) -> None:
+        self.kept: list[tuple[int, int, ReadFault]] = []
+        self.more = 0
 
     def add(self, start: int, length: int, fault: ReadFault) -> None:
         if self.kept and not self.more and sum(self.kept[-1][:2]) == start:
@@ -104,6 +102,8 @@ def run_blocks(args: argparse.Namespace) -> int:
 
 
 def _granularity(text: str) -> int:
+    from qcowfs.mountoptions import byte_count  # 5 ms, and hardly anybody gives a size
+
     size = byte_count(text)
     if size & (size - 1) or not 1 <= size <= limits.MAX_GRANULARITY:
         hint = f"a power of two up to {limits.MAX_GRANULARITY >> 20}M: 1, 512, 4K, 1M"
@@ -148,30 +148,39 @@ class _Table:
         if faults.more:
             report(QcowfsError(f"cannot compare {faults.more} more ranges"))
         if count:
-            print(f"{count} range{'s' if count > 1 else ''}, {total} bytes ({output.human_size(total)}) differ")
+            verb = "differs" if total == 1 else "differ"
+            print(f"{output.counted(count, 'range')}, {output.counted(total, 'byte')}{_rounded(total)} {verb}")
         if self._sizes[0] != self._sizes[1]:
             print(f"virtual sizes differ: {self._sizes[0]} and {self._sizes[1]} bytes")
+
+
+def _rounded(size: int) -> str:
+    """Return a size for people behind the exact one, where it is another."""
+    return f" ({output.human_size(size)})" if size >= 1024 else ""
 
 
 class _Document:
     """The ranges for programs, one a line, printed as they are found."""
 
     def __init__(self, old: _Side, new: _Side, granularity: int) -> None:
+        import json  # 5 ms, which the table does without
+
+        self._dumps = json.dumps
         self._separator = "\n"
         print("{")
         for key, value in (("old", old.document()), ("new", new.document()), ("granularity", granularity)):
-            print(f'    "{key}": {json.dumps(value)},')
+            print(f'    "{key}": {self._dumps(value)},')
         print('    "ranges": [', end="")
 
     def add(self, start: int, length: int) -> None:
-        print(f"{self._separator}{' ' * 8}{json.dumps({'start': start, 'length': length})}", end="")
+        print(f'{self._separator}        {{"start": {start}, "length": {length}}}', end="")
         self._separator = ",\n"
 
     def end(self, count: int, total: int, faults: _Faults) -> None:
         told = [{"start": start, "length": length, "error": str(fault)} for start, length, fault in faults.kept]
         print("\n    ]," if count else "],")
         print(f'    "bytes": {total},')
-        print(f'    "faults": {json.dumps(told)},')
+        print(f'    "faults": {self._dumps(told)},')
         print(f'    "more_faults": {faults.more},')
-        print(f'    "same": {json.dumps(False if count else None if told else True)}')
+        print(f'    "same": {self._dumps(False if count else None if told else True)}')
         print("}")

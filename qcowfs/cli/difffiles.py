@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import qcowfs.cli
 from qcowfs._core import Disk
 from qcowfs.cli import output
-from qcowfs.cli.inside import Inside, Spot, open_images, plain
+from qcowfs.cli.inside import Inside, Spot, open_images
 from qcowfs.cli.ls import MAX_JSON_ERRORS, SECOND, TYPES
 from qcowfs.cli.points import split_image
-from qcowfs.errors import PointNotFound, TreeFault, printable
+from qcowfs.errors import PointNotFound, SourceError, TreeFault, printable
 from qcowfs.filediff import ADDED, METADATA, MODIFIED, REMOVED, RENAMED, TYPE, Change, Comparison
 from qcowfs.inside.walk import Place, join
 from qcowfs.pointdiff import differences
@@ -50,14 +50,24 @@ def run_files(args: argparse.Namespace) -> int:
         out: _Output = _Document(sides, stat=args.stat) if args.json else _Totals() if args.stat else _Lines()
         teller = _Teller(sides, out)
         code = 0
-        for path, old, new in _pairs(sides, [plain(os.fsencode(path)) for path in args.paths] or [b""], teller):
+        for path, old, new in _pairs(sides, _paths(sides, args.paths), teller):
             # One each: a directory that was asked for twice is not damaged.
             comparison = Comparison(partial(_file_of, sides), checksum=args.checksum, tell=teller.tell)
             for change in differences(comparison, path, old, new, _too_many):
                 out.add(change)
                 code = DIFFERENT
         out.end()
-    return code or (TreeFault.exit_code if teller.troubles else 0)
+    return SourceError.exit_code if teller.troubles else code
+
+
+def _paths(sides: tuple[_Side, _Side], words: list[str]) -> list[bytes]:
+    """Return what is to be compared, each part of it once; all if there are no words."""
+    paths = list(dict.fromkeys(sides[0].spot.place.plain(os.fsencode(word)) for word in words)) or [b""]
+    return [path for path in paths if not any(_is_below(path, other) for other in paths)]
+
+
+def _is_below(path: bytes, other: bytes) -> bool:
+    return path != other and (not other or path.startswith(other + b"/"))
 
 
 class _Side(NamedTuple):
@@ -99,7 +109,7 @@ def _pairs(
             try:
                 found.append(_place(side, path))
             except TreeFault as fault:
-                teller.tell(number, path, fault.what)
+                teller.tell(number, path, fault.what, hint=fault.hint)
         if len(found) < len(sides):
             continue
         if found == [None, None]:
@@ -128,12 +138,12 @@ class _Teller:
         self._sides = sides
         self._out = out
 
-    def tell(self, side: int | None, path: bytes, what: str) -> None:
+    def tell(self, side: int | None, path: bytes, what: str, *, hint: str | None = None) -> None:
         spots = [found.spot for found in self._sides]
         where = os.fsdecode(path) if side is None else spots[side].where(join(spots[side].path, path))
         self.troubles += 1
         self._out.tell(path, what)
-        qcowfs.cli.report(TreeFault(where, what))
+        qcowfs.cli.report(TreeFault(where, what, hint=hint))
 
 
 class _Lines:

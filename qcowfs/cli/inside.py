@@ -28,7 +28,7 @@ from qcowfs.inside.contents import Contents
 from qcowfs.inside.opened import open_disks
 from qcowfs.inside.pointfiles import point_root
 from qcowfs.inside.trees import Trees
-from qcowfs.inside.walk import Place
+from qcowfs.inside.walk import Place, plain
 from qcowfs.snapshot import Point, require_unchanged
 from qcowfs.vfs.beside import Beside, frozen_disk
 
@@ -132,7 +132,8 @@ class Inside:
     def _at(self, name: str, point: Point, path: str, *, follow: bool) -> Spot:
         raw = os.fsencode(path)
         try:
-            return Spot(self.chain.image, name, plain(raw), self.root(name, point).resolve(raw, follow=follow))
+            root = self.root(name, point)
+            return Spot(self.chain.image, name, root.plain(raw), root.resolve(raw, follow=follow))
         except TreeFault as fault:
             raise told(fault, self.chain.image, f"{name}:{path}" if path else name) from fault
 
@@ -192,11 +193,6 @@ class Inside:
         for one, chain in zip((disk, *beside), (self.chain, *self._others), strict=True):
             self.chains[one] = chain
         return open_disks([disk, *beside])
-
-
-def plain(path: bytes) -> bytes:
-    """Return a path without needless slashes."""
-    return b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
 
 
 def told(fault: TreeFault, image: str, where: str) -> QcowfsError:

@@ -5,17 +5,15 @@ Used by the other files of this room. Pure but for what prints and writes.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from qcowfs.errors import QcowfsError, printable
 
 __all__ = [
+    "counted",
     "human_size",
     "image_text",
     "local_date",
@@ -39,8 +37,15 @@ def human_size(size: int | None) -> str:
     return f"{size / (1 << 10 * exponent):.3g} {UNITS[exponent]}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return "1 range" or "2 ranges"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def local_date(date_ns: int) -> str:
     """Return the local time to the second; seconds after "@" if no calendar has it."""
+    from datetime import datetime
+
     try:
         return f"{datetime.fromtimestamp(date_ns // NANOSECONDS):%Y-%m-%d %H:%M:%S}"
     except (ValueError, OverflowError, OSError):  # a guest may say the year is 300 billion
@@ -49,6 +54,8 @@ def local_date(date_ns: int) -> str:
 
 def utc_date(date_ns: int) -> str:
     """Return ISO 8601 in UTC with nanoseconds; seconds after "@" if no calendar has it."""
+    from datetime import UTC, datetime
+
     seconds, nanoseconds = divmod(date_ns, NANOSECONDS)
     try:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
@@ -63,6 +70,8 @@ def image_text(key: str, raw: bytes | None) -> dict[str, str | None]:
     try:
         return {key: raw.decode()}
     except UnicodeDecodeError:
+        import base64  # as json and datetime below: 2 to 5 ms of commands that print none
+
         return {key: printable(raw), f"{key}_b64": base64.b64encode(raw).decode()}
 
 
@@ -96,6 +105,8 @@ def write_bytes(data: bytes | bytearray | memoryview) -> None:
 
 def print_json(document: Any) -> None:
     """Print one JSON document."""
+    import json
+
     print(json.dumps(document, indent=4))
 
 

@@ -5,7 +5,6 @@ Used by the verbs that take POINT.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 
@@ -109,6 +108,8 @@ def _colon_hint(chain: Chain, named: Sequence[tuple[str, Point]], text: str) -> 
 
 
 def _not_found(chain: Chain, named: Sequence[tuple[str, Point]], text: str, hint: str = "") -> PointNotFound:
+    import difflib  # 5 ms, for those who mistype
+
     near = difflib.get_close_matches(text, [name for name, _ in named], 3)
     if not hint:
         nearest = " or ".join(printable(name) for name in near)

@@ -20,6 +20,7 @@ from qcowfs.source.file import open_file
 __all__ = ["recorded", "verified"]
 
 SECTOR = 512
+RAW_HINT = "; --backing-format raw if it is raw"
 
 
 def recorded(name: str, image_format: str) -> Backing:
@@ -54,7 +55,7 @@ def verified(name: str, image_format: str, overlay: str, virtual_size: int, poli
     if abs(found - virtual_size) >= SECTOR:  # a disk ends anywhere, QEMU counts whole sectors
         raise UsageError(
             f"{printable(path)}: holds a disk of {found} bytes, the older point has {virtual_size}",
-            hint="the backing file is that point's own export; --backing-format raw if it is raw",
+            hint="the backing file is that point's own export" + (RAW_HINT if image_format != "raw" else ""),
         )
     _require_apart(path, image_format, overlay, policy)
     return recorded(name, image_format)

@@ -82,12 +82,25 @@ class Volumes(Place):
         self._roots: dict[bytes, Place] = {}
 
     def resolve(self, path: bytes, *, follow: bool) -> Place:
-        first, slash, rest = path.lstrip(b"/").partition(b"/")
-        if not first:
-            return self
-        if first in (b".", b".."):
-            return self.resolve(rest, follow=follow)
-        return self._named(first).resolve(slash + rest, follow=follow)
+        first, slash, rest = self._entered(path).partition(b"/")
+        return self._named(first).resolve(slash + rest, follow=follow) if first else self
+
+    def plain(self, path: bytes) -> bytes:
+        return walk.plain(self._entered(path))
+
+    def _entered(self, path: bytes) -> bytes:
+        """Return a path from here without what leads back here: ".." above, or behind a volume, which is no link."""
+        parts = path.split(b"/")
+        left = [number for number, part in enumerate(parts) if part not in (b"", b".")]
+        while left:
+            words = [parts[number] for number in left[:2]]
+            if words[0] == b"..":
+                del left[:1]
+            elif words[1:] == [b".."] and words[0] in self.volumes:
+                del left[:2]
+            else:
+                return b"/".join(parts[left[0] :])
+        return b""
 
     def children(self) -> Children:
         found = Children([])

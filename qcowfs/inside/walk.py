@@ -27,6 +27,7 @@ __all__ = [
     "Trouble",
     "chunks",
     "join",
+    "plain",
     "resolve",
     "root_of",
     "suggestion",
@@ -71,6 +72,10 @@ class Place:
         if path:
             raise self.fault(errno.ENOTDIR)
         return self
+
+    def plain(self, path: bytes) -> bytes:
+        """Return the same path from here without what can be left out, whatever there is."""
+        return plain(path)
 
     def children(self) -> Children:
         """Return what is in this directory."""
@@ -229,6 +234,11 @@ def chunks(read: Callable[[int, int], bytes], size: int, name: str) -> Iterator[
             raise TreeFault(name, f"the file ends at {place}, and its size is {size}")
         yield data
         place += len(data)
+
+
+def plain(path: bytes) -> bytes:
+    """Return a path without needless slashes."""
+    return b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
 
 
 def join(path: bytes, name: bytes) -> bytes:

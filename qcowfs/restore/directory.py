@@ -80,7 +80,7 @@ class Directory:
             if there is not None and stat.S_ISDIR(there.st_mode):
                 return Directory(self.opened(name), new=False, existing=self.existing)
             if self.existing is not Existing.RENAMED:
-                raise Occupied("a file that is no directory is there already", hint=_HINT) from None
+                raise Occupied("a file that is no directory is there already", hint=_RENAMES) from None
             self._back_up(name)
             os.mkdir(name, PRIVATE, dir_fd=self.descriptor)
         entered = Directory(self.opened(name), new=True, existing=self.existing)
@@ -121,7 +121,7 @@ class Directory:
                 self._back_up(name)
                 make(name)
             elif there is not None and stat.S_ISDIR(there.st_mode):
-                raise Occupied("a directory is there already", hint="--backup renames it") from None
+                raise Occupied("a directory is there already", hint=_RENAMES) from None
             else:
                 self._replace(name, make)
         self._note(name)
@@ -175,6 +175,7 @@ class Directory:
 
 
 _HINT = "--force replaces files, --backup renames them"
+_RENAMES = "--backup renames it"  # a file and a directory never replace each other
 
 
 def _xattr_names(handle: int | str) -> list[str]:

@@ -13,7 +13,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def file_name(name: str, suffix: str) -> str:
     room = NAME_MAX - len(suffix)
     if len(name.encode()) <= room:
         return name + suffix
-    return f"{_cut(name, room - _HASH_ROOM)}~{blake2b(name.encode(), digest_size=4).hexdigest()}{suffix}"
+    return f"{_cut(name, room - _HASH_ROOM)}~{_hash(name.encode())}{suffix}"
 
 
 def escape(raw: bytes) -> str:
@@ -128,7 +127,13 @@ def _fitted(text: str, raw: bytes) -> str:
     """Return `text`, cut at a character if it is too long for a file name, with a hash of all of `raw`."""
     if len(text.encode()) <= NAME_ROOM:
         return text
-    return f"{_cut(text, NAME_ROOM - _HASH_ROOM)}~{blake2b(raw, digest_size=4).hexdigest()}"
+    return f"{_cut(text, NAME_ROOM - _HASH_ROOM)}~{_hash(raw)}"
+
+
+def _hash(raw: bytes) -> str:
+    from hashlib import blake2b  # with OpenSSL, 10 ms, and few names are cut
+
+    return blake2b(raw, digest_size=4).hexdigest()
 
 
 def _cut(text: str, room: int) -> str:

@@ -281,6 +281,10 @@ def test_the_table_and_the_exit_code(image: Path, capsys: pytest.CaptureFixture[
         "0x403000        0x1000",
         "1 range, 4096 bytes (4 KiB) differ",
     ] == capsys.readouterr().out.splitlines()
+    qemu_io(image, "write -P 3 7 1")
+    assert 1 == cli.main(["diff", "--blocks", "--granularity", "1", str(image), "b", "current"])
+    assert "1 range, 1 byte differs" == capsys.readouterr().out.splitlines()[-1]
+    qemu("qemu-img", "snapshot", "-a", "b", image)
     assert 0 == cli.main(["diff", "--blocks", str(image), "b", "current"])
     assert "" == capsys.readouterr().out
 

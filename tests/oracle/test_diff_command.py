@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,11 +95,31 @@ def test_only_some_paths(partitioned: Partitioned) -> None:
     assert (17, f"qcowfs: {image}: p2/nothing: it is in neither of the points\n") == (done.returncode, done.stderr)
 
 
-def test_a_directory_that_is_asked_for_twice_is_not_damaged(partitioned: Partitioned) -> None:
+def test_what_is_asked_for_twice_is_told_once(partitioned: Partitioned) -> None:
     once = lines(partitioned.image, "before", "current", "p2/etc")
 
     assert once
-    assert [*once, *once] == lines(partitioned.image, "before", "current", "p2/etc", "p2/etc")
+    for paths in (["p2/etc"], ["p2/etc/fstab"], ["p2//etc/", "p2/./etc"]):
+        assert once == lines(partitioned.image, "before", "current", *paths, "p2/etc")
+    two = lines(partitioned.image, "before", "current", "p2/etc/fstab", "p1/etc", "p2/etc")
+    assert sorted([*once, *lines(partitioned.image, "before", "current", "p1/etc")]) == sorted(two)
+
+
+@pytest.mark.parametrize("path", ["p1/../p2/etc", "../p1/./../p2/etc", "/p2/../p1/../p2/etc"])
+def test_the_way_back_out_of_a_volume_is_that_of_a_mount(partitioned: Partitioned, path: str) -> None:
+    image = partitioned.image
+
+    assert lines(image, "before", "current", "p2/etc") == lines(image, "before", "current", path)
+    assert call("ls", image, f"before:{path}").stdout == call("ls", image, "before:p2/etc").stdout
+    assert 17 == call("diff", image, "before", "current", path.replace("p1", "p7")).returncode
+
+
+def test_an_error_is_no_difference(partitioned: Partitioned) -> None:
+    image = partitioned.image
+    for words in ((image, "before", "current"), ("--blocks", image, "before", "current")):
+        full = ["sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, "-m", "qcowfs", "diff"]
+        done = call(*words, command=full)
+        assert (3, "qcowfs: standard output: No space left on device\n") == (done.returncode, done.stderr)
 
 
 def test_totals(partitioned: Partitioned) -> None:
@@ -135,7 +156,7 @@ def test_volumes_come_and_go_and_are_compared_as_a_whole(partitioned: Partitione
     assert ["A p2"] == lines(image, points[1], points[0])
     assert ["M p2.raw"] == lines(image, points[2], points[3])
     done = call("diff", image, points[0], points[2])
-    assert (1, "M p2.raw\n") == (done.returncode, done.stdout)
+    assert (10, "M p2.raw\n") == (done.returncode, done.stdout)
     assert done.stderr.startswith(
         f"qcowfs: {points[2]}:p2: nothing known is on it; the volume is compared as a whole\n"
     )
@@ -149,11 +170,12 @@ def test_a_volume_that_is_not_there_as_a_whole_is_told_once(tmp_path: Path) -> N
     assert [] == lines(*others, images[0], "both", "both", code=0)
     for words, where in ((others, ["current:vg-lv.raw"]), ((), ["both:vg-lv.raw", "current:vg-lv.raw"])):
         done = call("diff", *words, images[0], "both", "current")
-        assert (1, "") == (done.returncode, done.stdout)
-        assert where == [line.split(": ")[1] for line in done.stderr.splitlines()]
+        assert (10, "") == (done.returncode, done.stdout)
+        assert where == [line.split(": ")[1] for line in done.stderr.splitlines() if not line.startswith("hint: ")]
         assert done.stderr.count("is missing\n") == len(where)
+        assert done.stderr.count("hint: --with adds the image of another disk") == len(where)
     done = call("diff", *others, images[0], "both", "current", "vg-lv")
-    assert (1, "") == (done.returncode, done.stdout)
+    assert (10, "") == (done.returncode, done.stdout)
     assert done.stderr.startswith("qcowfs: current:vg-lv: the physical volume ")
     history = call("history", *others, images[0], "vg-lv/l*")
     assert history.returncode == 1
@@ -184,7 +206,7 @@ def test_what_is_damaged_is_told_and_the_rest_is_compared(damaged: Path, tmp_pat
     done = call("diff", image, *points)
     document = json.loads(call("diff", "--json", image, *points).stdout)
 
-    assert (1, "M dir/good\nA dir/more\n") == (done.returncode, done.stdout)
+    assert (10, "M dir/good\nA dir/more\n") == (done.returncode, done.stdout)
     assert [f"qcowfs: {point}:dir/bad: " for point in points] == [
         line[: len(f"qcowfs: {point}:dir/bad: ")] for line, point in zip(done.stderr.splitlines(), points, strict=True)
     ]

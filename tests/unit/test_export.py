@@ -264,12 +264,13 @@ class TestBacking:
         ("name", "words"), [("missing", ()), ("short", ()), ("short", ("--backing-format", "raw")), ("x" * 1024, ())]
     )
     def test_a_file_that_cannot_be_the_older_point(
-        self, image: Path, out: Path, name: str, words: tuple[str, ...]
+        self, image: Path, out: Path, name: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
     ) -> None:
         out.with_name("short").write_bytes(bytes(512))
 
         assert 0 != run("--since", "one", "--backing", name, *words, image, "two", out)
         assert not out.exists()
+        assert "raw if it is raw" not in capsys.readouterr().err or not words
 
     def test_both_the_same_is_an_empty_overlay(self, image: Path, out: Path, older: Path) -> None:
         assert 0 == run("--since", "one", "--backing", "older.qcow2", image, "one", out)
