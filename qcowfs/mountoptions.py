@@ -25,6 +25,7 @@ _FLAGS = {
     "nolock": "no_lock",
     "nonempty": "nonempty",
     "norecovery": "norecovery",
+    "qmp": "qmp",
     "rw": "rw",
 }
 _VALUES = {"image_format": "image_format", "log_file": "log_file"}
@@ -39,8 +40,8 @@ LAST_ID = (1 << 32) - 2  # of users and groups; one more means "none" to the ker
 
 KNOWN = (
     *("allow_backing=DIR|any", "allow_other", "allow_root", "auto_unmount", "cache_size=SIZE", "gid=N"),
-    *("image_format=FORMAT", "live", "log_file=FILE", "no_data_plane", "no_lock", "nonempty", "norecovery", "ro"),
-    *("symlinks=raw|contain", "uid=N", "umask=OCTAL", "with=IMAGE"),
+    *("image_format=FORMAT", "live", "log_file=FILE", "no_data_plane", "no_lock", "nonempty", "norecovery", "qmp"),
+    *("ro", "symlinks=raw|contain", "uid=N", "umask=OCTAL", "with=IMAGE"),
 )
 
 # Kernel mount flags and fstab's own words (mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS). A FUSE mount is nosuid
@@ -68,6 +69,7 @@ class MountOptions:
         auto_unmount: let the mount vanish when its daemon dies, instead of staying dead.
         nonempty: mount over a directory that is not empty, or over another mount.
         norecovery: show the files inside as they are on the disk, with no journal replayed.
+        qmp: IMAGE is SOCKET:DEVICE, as --qmp takes it.
         rw: somebody asked for a writable mount; there is none.
         symlinks: "raw", as they are stored, or "contain", so that none leads out of its tree.
         uid, gid: of all files inside; -1: as stored.
@@ -85,6 +87,7 @@ class MountOptions:
     no_lock: bool = False
     nonempty: bool = False
     norecovery: bool = False
+    qmp: bool = False
     rw: bool = False
     symlinks: str = "raw"
     uid: int = -1

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import qcowfs.cli
 from qcowfs import daemon, mountoptions, mountpoint, snapshot
@@ -24,6 +26,9 @@ from qcowfs.mountoptions import MountOptions
 from qcowfs.vfs.guest import Presentation
 from qcowfs.vfs.names import SUFFIX
 from qcowfs.vfs.tree import ChainDisks, Tree
+
+if TYPE_CHECKING:
+    from qcowfs.qmp.files import DeviceFiles
 
 HELP = "show every point in time of an image: its disk as a file, and the files inside"
 
@@ -38,9 +43,13 @@ logger = logging.getLogger("qcowfs.mount")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `qcowfs mount`."""
-    image_options.add_image_options(parser)
+    parser.add_argument("image", metavar="IMAGE", nargs="?", help="a qcow2 image; qcow version 1 and raw work too")
+    image_options.add_opening_options(parser)
     image_options.add_inside_options(parser)
-    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an empty directory")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="an empty directory")
+    parser.add_argument(
+        "--qmp", metavar="SOCKET[:DEVICE]", help="instead of IMAGE: a running machine's disk, by its monitor"
+    )
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground; Ctrl-C unmounts")
     parser.add_argument(
         "-o",
@@ -110,11 +119,17 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
     """Check everything, then mount. With `fake`, only check."""
     inherited = daemon.inherited_descriptors()
     options = _merged(args, options)
+    _sort_words(args, options)
+    files = _take_device(args) if args.qmp is not None else None
+    if args.mountpoint is None:
+        return 0  # the machine's devices were listed
     check_fuse(options)
     directory = mountpoint.check(args.mountpoint, nonempty=options.nonempty)
     log = daemon.log_to_file(options.log_file) if options.log_file else None
     with ExitStack() as stack:
         chain = stack.enter_context(image_options.open_chain(args))
+        if files is not None:
+            _check_device(files, chain)
         others = [stack.enter_context(image_options.open_chain(args, other)) for other in options.others]
         tree = _tree(chain, others, options)
         session = Session(
@@ -132,6 +147,43 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
         daemon.run(session.serve, close=inherited, log=log)
         _say_mounted(args, tree, f"unmount with: qcowfs umount {printable(args.mountpoint)}")
     return 0
+
+
+def _sort_words(args: argparse.Namespace, options: MountOptions) -> None:
+    """See that the right ones of IMAGE and MOUNTPOINT are there; --qmp stands in the place of IMAGE.
+
+    In fstab it is the other way round: with -o qmp what mount(8) takes for the source is SOCKET:DEVICE.
+    """
+    if args.qmp is None and options.qmp:
+        args.qmp, args.image, args.mountpoint = args.image, args.mountpoint, None
+    if args.qmp is None:
+        missing = [name for name, word in (("IMAGE", args.image), ("MOUNTPOINT", args.mountpoint)) if word is None]
+    elif args.mountpoint is not None:
+        raise UsageError("--qmp takes the place of IMAGE: only MOUNTPOINT may follow")
+    else:
+        args.image, args.mountpoint, missing = None, args.image, []
+    if missing:
+        what = f"the following arguments are required: {', '.join(missing)}"
+        raise UsageError(what, hint="'qcowfs mount --help' tells more")
+
+
+def _take_device(args: argparse.Namespace) -> DeviceFiles | None:
+    """Put the image of a running machine's device into `args`; list the devices, and return None, if none is named."""
+    from qcowfs.cli import machines  # with asyncio it takes 0.1 s, and no other mount has to wait for it
+
+    files = machines.take_device(args)
+    if files is None and args.mountpoint is not None:
+        hint = f"one of those: --qmp {shlex.quote(args.qmp)}:DEVICE"
+        raise UsageError(f"{printable(args.qmp)}: no device is named, and nothing is mounted", hint=hint)
+    if files is not None and args.mountpoint is None:
+        raise UsageError("the following arguments are required: MOUNTPOINT", hint="'qcowfs mount --help' tells more")
+    return files
+
+
+def _check_device(files: DeviceFiles, chain: Chain) -> None:
+    from qcowfs.qmp.files import require_same
+
+    require_same(files, chain)
 
 
 def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:

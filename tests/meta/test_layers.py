@@ -21,6 +21,7 @@ ROWS = (
     ("inside",),
     ("export",),
     ("snapshot",),
+    ("qmp",),
     ("chain",),
     ("gate", "policy", "filename", "jsonname"),
     ("qcow2", "qcow1", "raw"),
