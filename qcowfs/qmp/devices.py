@@ -7,7 +7,7 @@ what listens at that socket.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,7 @@ def find_device(monitor: Monitor, word: str) -> Device:
         return node
     names = ", ".join(printable(device.word) for device in known[:MAX_HINTED]) or "none"
     what = f"{printable(word)} is none of its devices, and no node"
-    raise UsageError(f"{monitor.address.shown}: {what}", hint=f"devices with an image: {names}")
+    raise UsageError(f"{monitor.address.shown}: {what} of an image", hint=f"devices with an image: {names}")
 
 
 class _Facts:
@@ -150,15 +150,17 @@ class _Facts:
         )
 
     def node(self, name: str) -> Device | None:
-        """Return the node called `name`, None if there is none.
+        """Return the node called `name`, None if there is none, or it is no image's but a file's or a filter's.
 
         Its chain is put together from the names: nested, a chain of n images is told in n squared pieces.
         """
         nodes = self.answer("query-named-block-nodes", flat=True)
-        chosen = next((node for node in nodes if node.get("node-name") == name), None)
+        formats = [node for node in nodes if self._text(node, "drv") not in (FILTERS | PROTOCOLS.keys())]
+        chosen = next((node for node in formats if node.get("node-name") == name), None)
         if chosen is None:
             return None
-        known = {self._text(info, "filename"): info for info in self._formats(nodes)}
+        infos = [self._object(node, "image") for node in formats]
+        known = {self._text(info, "filename"): info for info in infos}
         images: list[Image] = []
         info = self._object(chosen, "image")
         while len(images) <= limits.MAX_CHAIN_DEPTH:
@@ -169,12 +171,6 @@ class _Facts:
             info = following
         node = self._text(chosen, "node-name")
         return Device(name="", qdev="", node=node, images=tuple(images), read_only=chosen.get("ro") is True)
-
-    def _formats(self, nodes: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-        """Yield what is told of the images, not of the files below them or of the filters above them."""
-        for node in nodes:
-            if self._text(node, "drv") not in (FILTERS | PROTOCOLS.keys()):
-                yield self._object(node, "image")
 
     def _images(self, info: Mapping[str, Any] | None) -> Iterator[Image]:
         count = 0

@@ -26,7 +26,7 @@ Answer = TypeVar("Answer")
 # Jobs and what ends them change chains. None tells of a snapshot: QEMU has no event for it.
 CHAIN_EVENTS = ("BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "JOB_STATUS_CHANGE", "SHUTDOWN")
 LIBRARY = "qemu.qmp"
-MISSING = "pip install 'qcowfs[qmp]' brings it; so do the packages python3-qemu.qmp (Debian), python3-qemu-qmp (Fedora)"
+MISSING = "pip install 'qcowfs[qmp]' brings it"
 HELD = "another program (libvirt?) holds this monitor, or it is none: no greeting comes"
 HELD_HINT = "QEMU's option -qmp can be given a second time, with a socket of its own: two programs cannot share one"
 MAX_WORDS = 300  # characters of what QEMU says that reach a person
