@@ -132,6 +132,8 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
             _check_device(files, chain)
         others = [stack.enter_context(image_options.open_chain(args, other)) for other in options.others]
         tree = _tree(chain, others, options)
+        if files is not None and not tree.shown:
+            logger.warning("%s: the mount is empty: the disk has no snapshot yet", printable(args.qmp))
         session = Session(
             tree,
             os.path.abspath(args.image),

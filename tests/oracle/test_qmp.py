@@ -362,10 +362,11 @@ def test_a_snapshot_records_its_backing_file_with_its_format_and_prints_the_chai
     monkeypatch.chdir(directory)
 
     code = cli.main(["snapshot", "--qmp", "qmp", device, "new.qcow2"])
-    rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr()
+    assert (0, "") == (code, said.err)
+    rows = [row.split() for row in said.out.splitlines()]
     recorded = json.loads(qemu("qemu-img", "info", "-U", "--output=json", directory / "new.qcow2").stdout)
 
-    assert 0 == code
     assert [["0", "qcow2", "0", str(directory / "new.qcow2")], ["1", base_format, "0"]] == [rows[1], rows[2][:3]]
     assert os.path.samefile(directory / base, recorded["full-backing-filename"])
     assert base_format == recorded["backing-filename-format"]

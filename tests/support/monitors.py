@@ -45,10 +45,16 @@ def stopped_machine(directory: Path, *words: str, cwd: Path | None = None) -> It
 
 def _wait_for(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while not path.exists():
+    while not _listens(path):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, "QEMU does not start"
         time.sleep(0.02)
+
+
+def _listens(path: Path) -> bool:
+    """Tell whether somebody accepts connections; the socket is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as tried:
+        return tried.connect_ex(str(path)) == 0
 
 
 @contextmanager
