@@ -50,8 +50,8 @@ function _shtab_qcowfs_using
   test "$_shtab_qcowfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_qcowfs_commands mount umount list ls cat diff history restore export info map
-set -g _shtab_qcowfs_opts_with_value --all --allow-backing --backing --backing-format --cache-size --compression --granularity --image-format --log-file --new-format --since --version --with -O -o
+set -g _shtab_qcowfs_commands mount umount list ls cat diff history restore export info map snapshot
+set -g _shtab_qcowfs_opts_with_value --agent --all --allow-backing --backing --backing-format --cache-size --compression --granularity --image-format --log-file --new-format --qmp --since --version --with -O -o
 
 complete -c qcowfs -e
 complete -c qcowfs -f
@@ -66,8 +66,9 @@ complete -c qcowfs -n '_shtab_qcowfs_using mount' -l image-format -xka "qcow2 qc
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l norecovery -d 'show file systems as they are, without replaying their journals'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
+complete -c qcowfs -n '_shtab_qcowfs_using mount' -l qmp -x -d 'instead of IMAGE: a running machine'"'"'s disk, by its monitor'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -s f -l foreground -d 'stay in the foreground; Ctrl-C unmounts'
-complete -c qcowfs -n '_shtab_qcowfs_using mount' -s o -x -d 'mount options: allow_backing=DIR|any, allow_other, allow_root, auto_unmount, cache_size=SIZE, gid=N, image_format=FORMAT, live, log_file=FILE, no_data_plane, no_lock, nonempty, norecovery, ro, symlinks=raw|contain, uid=N, umask=OCTAL, with=IMAGE'
+complete -c qcowfs -n '_shtab_qcowfs_using mount' -s o -x -d 'mount options: allow_backing=DIR|any, allow_other, allow_root, auto_unmount, cache_size=SIZE, gid=N, image_format=FORMAT, live, log_file=FILE, no_data_plane, no_lock, nonempty, norecovery, qmp, ro, symlinks=raw|contain, uid=N, umask=OCTAL, with=IMAGE'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l allow-other -d 'let other users read the mount'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l live -d 'show what another process is writing, too, as it is now'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l log-file -xka "(__fish_complete_path (commandline -ct))" -d 'log to FILE instead of syslog'
@@ -177,3 +178,9 @@ complete -c qcowfs -n '_shtab_qcowfs_using map' -l image-format -xka "qcow2 qcow
 complete -c qcowfs -n '_shtab_qcowfs_using map' -l no-lock -d 'do not keep QEMU from changing the image meanwhile (no lock is taken)'
 complete -c qcowfs -n '_shtab_qcowfs_using map' -l json -d 'print one JSON document, for programs'
 complete -c qcowfs -n '_shtab_qcowfs_using map; and test $_shtab_qcowfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a qcow2 image; qcow version 1 and raw work too'
+complete -c qcowfs -n '_shtab_qcowfs_using; and test $_shtab_qcowfs_npos -eq 0' -a snapshot -d 'Take an external snapshot of a running machine'"'"'s disk, by QMP.'
+complete -c qcowfs -n '_shtab_qcowfs_using snapshot' -s h -l help -d 'show this help message and exit'
+complete -c qcowfs -n '_shtab_qcowfs_using snapshot' -l qmp -x -d 'the monitor: a Unix socket or HOST:PORT'
+complete -c qcowfs -n '_shtab_qcowfs_using snapshot' -l quiesce -d 'let the guest write out and freeze its file systems meanwhile'
+complete -c qcowfs -n '_shtab_qcowfs_using snapshot' -l agent -x -d 'the socket of the guest agent, for --quiesce'
+complete -c qcowfs -n '_shtab_qcowfs_using snapshot' -l json -d 'print one JSON document, for programs'
