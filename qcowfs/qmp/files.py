@@ -2,7 +2,7 @@
 
 Used by the command line and by follower. QEMU has file names of its own: relative to its own directory, perhaps in a
 mount namespace of its own. The kernel knows better: /proc tells which files the process at the other end of the socket
-holds. So a name is believed only as far as the kernel bears it out; docs/decisions/0010-qmp.md has the reasons.
+holds. So a name is believed only as far as the kernel bears it out; docs/decisions/0015-qmp.md has the reasons.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from qcowfs.qmp.devices import find_device
 from qcowfs.qmp.files import DeviceFiles, locate
 from qcowfs.qmp.monitor import Monitor
 
-__all__ = ["Follower"]
+__all__ = ["DeviceFollower"]
 
 HOLD_SECONDS = 1.0  # that the monitor is held, waiting for events; others wait for it as long
 RELEASE_SECONDS = 0.2  # that it is left to others, who are at its socket by then
@@ -26,7 +26,7 @@ RETRY_SECONDS = 3.0  # after a look that failed: the machine may be off
 logger = logging.getLogger("qcowfs.qmp")
 
 
-class Follower:
+class DeviceFollower:
     """Looks at one device from `start` to `stop`.
 
     Args:

@@ -1,7 +1,7 @@
 """A connection to the monitor of a running QEMU: its commands and events, without the event loop of the library.
 
 Used by the other files of this room and by the command line. The protocol is the business of qemu.qmp, QEMU's own
-library; docs/decisions/0010-qmp.md says why it is used, and how. A Monitor belongs to the thread that made it.
+library; docs/decisions/0015-qmp.md says why it is used, and how. A Monitor belongs to the thread that made it.
 """
 
 from __future__ import annotations

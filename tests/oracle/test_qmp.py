@@ -23,7 +23,7 @@ from qcowfs.policy import Policy
 from qcowfs.qmp.address import Address
 from qcowfs.qmp.devices import devices, find_device
 from qcowfs.qmp.files import DeviceFiles, locate, require_same
-from qcowfs.qmp.follower import Follower
+from qcowfs.qmp.follower import DeviceFollower
 from qcowfs.qmp.monitor import Monitor
 from tests.support import need
 from tests.support.monitors import stopped_machine
@@ -402,7 +402,7 @@ def test_a_follower_tells_of_each_new_chain_lets_others_in_and_sees_the_end(
     words = ["-blockdev", node, "-device", "virtio-blk-pci,drive=n0,id=disk0"]
     with stopped_machine(path, *words) as socket:
         machine = Address(path=str(socket))
-        follower = Follower(located(machine, "disk0"), told.put)
+        follower = DeviceFollower(located(machine, "disk0"), told.put)
         follower.start()
         for name in ("b", "c"):
             take_snapshot(machine, "disk0", str(path / f"{name}.qcow2"), None)
