@@ -7,7 +7,7 @@ specification, "Snapshots". Pure functions over a Source; any thread.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qcowfs import limits
@@ -34,6 +34,9 @@ class SnapshotEntry:
         disk_size: bytes of the disk when it was made; None where it was not recorded, which means the active size
             (version 2 allows it; of version 3 the specification wants it, and QEMU reads images without it).
         icount: the instruction count of a recorded guest, None if there is none.
+        stored: all bytes of it. No two snapshots of an image have the same, were they even made one after the other
+            with the same name: they hold the time, to the microsecond.
+        place: its host offset. Both take no part in comparisons.
     """
 
     ordinal: int
@@ -47,6 +50,8 @@ class SnapshotEntry:
     vm_state_size: int
     disk_size: int | None
     icount: int | None
+    stored: bytes = field(default=b"", compare=False, repr=False)
+    place: int = field(default=0, compare=False)
 
 
 def read_snapshots(source: Source, header: Header) -> tuple[SnapshotEntry, ...]:
@@ -103,18 +108,21 @@ class _Table:
 
 def _entry(table: _Table, ordinal: int, header: Header) -> SnapshotEntry:
     table.align()
-    fixed = struct.unpack(">QIHHIIQII", table.take(FIXED_LENGTH))
-    l1_offset, l1_entries, id_length, name_length, seconds, nanoseconds, clock, vm_state_size, extra_length = fixed
+    place, fixed = table.place, table.take(FIXED_LENGTH)
+    l1_offset, l1_entries, id_length, name_length, seconds, nanoseconds, clock, vm_state_size, extra_length = (
+        struct.unpack(">QIHHIIQII", fixed)
+    )
     if extra_length > limits.MAX_SNAPSHOT_EXTRA_SIZE:
         raise table.corrupt(f"{extra_length} bytes of extra data, at most {limits.MAX_SNAPSHOT_EXTRA_SIZE}")
     extra = table.take(extra_length)
     large_vm_state, disk_size, icount = (_word(extra, place) for place in (0, 8, 16))
     if disk_size is not None and disk_size > limits.MAX_VIRTUAL_SIZE:
         raise table.corrupt(f"a disk of {disk_size:#x} bytes, at most {limits.MAX_VIRTUAL_SIZE:#x}")
+    entry_id, name = table.take(id_length), table.take(name_length)
     return SnapshotEntry(
         ordinal=ordinal,
-        id=table.take(id_length),
-        name=table.take(name_length),
+        id=entry_id,
+        name=name,
         l1_offset=l1_offset,
         l1_entries=l1_entries,
         date_sec=seconds,
@@ -123,6 +131,8 @@ def _entry(table: _Table, ordinal: int, header: Header) -> SnapshotEntry:
         vm_state_size=vm_state_size if large_vm_state is None else large_vm_state,
         disk_size=disk_size,
         icount=None if icount == NO_ICOUNT else icount,
+        stored=fixed + extra + entry_id + name,
+        place=place,
     )
 
 
