@@ -22,7 +22,7 @@ from qcowfs._tables import LayerMap
 from qcowfs.chain import Chain, Layer, read_tables
 from qcowfs.errors import QcowfsError, UnsupportedImage, printable
 from qcowfs.qcow2 import header as qcow2
-from qcowfs.qcow2.snapshots import SnapshotEntry, validate_l1
+from qcowfs.qcow2.snapshots import SnapshotEntry, is_same_table, validate_l1
 
 NANOSECONDS = 1_000_000_000
 LIVE_CACHE_SIZE = 1 << 20  # of one read of a LiveDisk, and forgotten after it
@@ -232,6 +232,20 @@ def require_unchanged(points: Iterable[Point]) -> None:
         if point.entry is not None and not point.layer.held and _find(point.layer, point.entry) is None:
             path = printable(point.layer.path)
             raise QcowfsError(f"{path}: the snapshot was deleted or changed while it was being read")
+
+
+def has_moved(layer: Layer) -> bool:
+    """Tell, by two small reads, whether a layer's snapshot table or a file that nobody was writing has changed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    header = layer.header
+    if isinstance(header, qcow2.Header) and not is_same_table(layer.source.uncached(), header, layer.snapshots):
+        return True
+    if layer.written_by_other:
+        return False
+    return any(guard.check() for guard in _guards(layer))
 
 
 def _guards(layer: Layer, entry: SnapshotEntry | None = None) -> list[Guard]:

@@ -18,6 +18,7 @@ from qcowfs import daemon, mountoptions, mountpoint, snapshot
 from qcowfs.chain import Chain
 from qcowfs.cli import options as image_options
 from qcowfs.errors import FuseUnavailable, UsageError, printable
+from qcowfs.follow import Follower
 from qcowfs.limits import DEFAULT_CACHE_SIZE
 from qcowfs.mount import Session, check_fuse, notify_systemd
 from qcowfs.mountoptions import MountOptions
@@ -116,7 +117,8 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
     with ExitStack() as stack:
         chain = stack.enter_context(image_options.open_chain(args))
         others = [stack.enter_context(image_options.open_chain(args, other)) for other in options.others]
-        tree = _tree(chain, others, options)
+        chains, disks = [chain, *others], ChainDisks(chain, options.cache_size, others)
+        tree = _tree(chains, disks, options)
         session = Session(
             tree,
             os.path.abspath(args.image),
@@ -124,6 +126,7 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
             options,
             occupied=sum(layer.disk_size for layer in chain.layers),
             obey_hangup=args.foreground,
+            follower=Follower(chains, image_options.reopener(args, chains), tree, disks),
         )
         if fake:
             return 0
@@ -153,13 +156,13 @@ def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
     )
 
 
-def _tree(chain: Chain, others: Sequence[Chain], options: MountOptions) -> Tree:
-    """Return the tree of `chain`; the person hears now what it will not show."""
-    for layer in (*chain.layers, *(layer for other in others for layer in other.layers)):
+def _tree(chains: Sequence[Chain], disks: ChainDisks, options: MountOptions) -> Tree:
+    """Return the tree of the first chain; the person hears now what it will not show."""
+    chain = chains[0]
+    for layer in (layer for opened in chains for layer in opened.layers):
         snapshot.require_plain(layer)
     owner = (os.getuid(), os.getgid())
     points = snapshot.points(chain)
-    disks = ChainDisks(chain, options.cache_size, others)
     image, shown = os.path.abspath(chain.image), _presentation(options)
     tree = Tree(points, disks, image=image, owner=owner, live=options.live, presentation=shown)
     if tree.left_out:

@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable, Sequence
 
 from qcowfs import chain, gate
 
-__all__ = ["add_image_options", "add_inside_options", "add_json_option", "add_opening_options", "open_chain"]
+__all__ = [
+    "add_image_options",
+    "add_inside_options",
+    "add_json_option",
+    "add_opening_options",
+    "open_chain",
+    "reopener",
+]
 
 logger = logging.getLogger("qcowfs")
 
@@ -68,3 +76,22 @@ def open_chain(args: argparse.Namespace, other: str | None = None, *, other_form
     for warning in opened.warnings:
         logger.warning("%s", warning)
     return opened
+
+
+def reopener(args: argparse.Namespace, opened: Sequence[chain.Chain]) -> Callable[[], list[chain.Chain]]:
+    """Return what opens all of `opened` again, without locks, wherever this process stands by then.
+
+    Args:
+        opened: the image that `args` names, and the others.
+    """
+    policy = gate.load_policy(args.allow_backing)
+    names = [found.layers[0].path for found in opened]
+    formats = [args.image_format, *([None] * (len(opened) - 1))]
+
+    def reopen() -> list[chain.Chain]:
+        return [
+            chain.open_chain(name, policy, lock=False, image_format=image_format)
+            for name, image_format in zip(names, formats, strict=True)
+        ]
+
+    return reopen

@@ -7,6 +7,7 @@ specification, "Snapshots". Pure functions over a Source; any thread.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,11 @@ from qcowfs.qcow2.header import Header
 if TYPE_CHECKING:
     from qcowfs._source import Source
 
-__all__ = ["SnapshotEntry", "read_snapshots", "validate_l1"]
+__all__ = ["SnapshotEntry", "is_same_table", "read_snapshots", "validate_l1"]
 
 FIXED_LENGTH = 40
+HEADER_FIELDS = 0x3C  # of the header: nb_snapshots and snapshots_offset
+_FIELDS = struct.Struct(">IQ")
 NO_ICOUNT = (1 << 64) - 1
 CHUNK = 1 << 20  # the table is read in pieces: its length is known only after its last entry
 
@@ -63,6 +66,19 @@ def read_snapshots(source: Source, header: Header) -> tuple[SnapshotEntry, ...]:
     """
     table = _Table(source, header.snapshots_offset)
     return tuple(_entry(table, ordinal, header) for ordinal in range(header.snapshots_count))
+
+
+def is_same_table(source: Source, header: Header, entries: Sequence[SnapshotEntry]) -> bool:
+    """Tell, by two small reads, whether the table that `entries` were read from is still there.
+
+    The last entry stands for all: another table with as many has one that was made later, and the latest is the last.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if source.read_at(HEADER_FIELDS, _FIELDS.size) != _FIELDS.pack(header.snapshots_count, header.snapshots_offset):
+        return False
+    return all(source.read_at(last.place, len(last.stored)) == last.stored for last in entries[-1:])
 
 
 class _Table:
