@@ -53,7 +53,6 @@ class Follower:
         self._reopen = reopen
         self._tree = tree
         self._disks = disks
-        self._points = snapshot.points(chains[0])
         self._asked = False  # reload, whether something seems to have happened or not
         self._token: trio.lowlevel.TrioToken | None = None  # not None while `run` runs
         self._woken: trio.Event | None = None
@@ -137,9 +136,9 @@ class Follower:
         self._failure = ""
         if opened is None:
             return
-        self._chains, self._points = opened
+        self._chains, points = opened
         self._disks = self._disks.renewed(self._chains[0], self._chains[1:])
-        names = self._tree.follow(self._points, self._disks)
+        names = self._tree.follow(points, self._disks)
         await trio.to_thread.run_sync(forget, names, abandon_on_cancel=True)
 
     def _opened_again(self) -> tuple[list[Chain], tuple[snapshot.Point, ...]] | None:
@@ -153,7 +152,7 @@ class Follower:
             for layer in chain.layers:
                 snapshot.require_plain(layer)
             self._tell(chain.warnings)
-        return found, known_points(self._points, self._chains[0], found[0])
+        return found, known_points(self._tree.points, self._chains[0], found[0])
 
     def _tell(self, warnings: Sequence[str]) -> None:
         for warning in warnings:

@@ -134,7 +134,8 @@ class Tree:
     Attributes:
         root: the directory that is mounted.
         guests: the trees inside the points; there are none before it is started.
-        shown: the points that have a file, in the order of `points`.
+        points: all points.
+        shown: those that have a file, in the order of `points`.
         left_out: the names of the points that are not frozen and not shown.
     """
 
@@ -162,6 +163,7 @@ class Tree:
         self._points: dict[bytes, Point] = {}  # that the files in the root are of, by name
         self._turns: Counter[bytes] = Counter()  # of names in the root: how often each was given away
         self._identities = itertools.count(1)  # of disks in their cache
+        self.points: tuple[Point, ...] = ()
         self.shown: tuple[Point, ...] = ()
         self.left_out: tuple[str, ...] = ()
         self._before: dict[int, Point] = {}  # the point before, by the point's id()
@@ -182,6 +184,7 @@ class Tree:
             The names in the root that mean something else than before, if anything at all.
         """
         self._disks = disks
+        self.points = tuple(points)
         # Names are given to all points, so that a point has the same name whether the others are shown or not.
         named = list(zip(names.assign(points), points, strict=True))
         shown = [(name, point) for name, point in named if point.frozen or self._live]

@@ -29,7 +29,7 @@ class Writer:
         drive = f"file={self._image},format=qcow2,if=none,id={DISK},node-name=node0"
         words = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
         self._process = subprocess.Popen(
-            [*words, "-drive", drive], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*words, "-drive", drive], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
         )
         self._line()
         self.qmp("qmp_capabilities")
@@ -59,8 +59,7 @@ class Writer:
     def write(self, pattern: int, offset: int, length: int) -> None:
         """Fill a range of the disk with a byte, down to the image."""
         for command in (f"write -P {pattern} {offset} {length}", "flush"):
-            said = self.qmp("human-monitor-command", command_line=f'qemu-io {DISK} "{command}"')
-            assert "error" not in said.lower() and "failed" not in said.lower(), said
+            self.qmp("human-monitor-command", command_line=f'qemu-io {DISK} "{command}"')
 
     def snapshot(self, name: str) -> None:
         """Make an internal snapshot."""
@@ -77,7 +76,9 @@ class Writer:
 
     def _line(self) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "QEMU ended"
-        found: dict[str, Any] = json.loads(line)
-        return found
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+            assert "error" not in line and "failed" not in line, line  # what qemu-io prints
+        raise AssertionError("QEMU ended")
