@@ -6,20 +6,24 @@ Used by the other files of this room.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+from qcowfs.chain import Chain, open_chain
 from qcowfs.cli import output
 from qcowfs.errors import printable
+from qcowfs.gate import load_policy
 from qcowfs.qmp.address import Address, parse_address
 from qcowfs.qmp.agent import frozen
 from qcowfs.qmp.devices import Device, devices, find_device
-from qcowfs.qmp.files import DeviceFiles, locate
+from qcowfs.qmp.files import DeviceFiles, locate, require_same
+from qcowfs.qmp.follower import DeviceFollower
 from qcowfs.qmp.monitor import Monitor
 from qcowfs.qmp.overlay import check_overlay, make_overlay
 
-__all__ = ["chain_document", "print_chain", "take_device", "take_snapshot"]
+__all__ = ["DeviceFollower", "chain_document", "print_chain", "reopener", "take_device", "take_snapshot"]
 
 DEVICES = ("DEVICE", "NODE", "FORMAT", "VIRTUAL SIZE", "IMAGES", "FILE")
 CHAIN = ("DEPTH", "FORMAT", "SNAPSHOTS", "FILE")
@@ -42,6 +46,24 @@ def take_device(args: argparse.Namespace) -> DeviceFiles | None:
     args.image, args.image_format = files.path, files.format
     args.allow_backing = [*args.allow_backing, *files.vouched]
     return files
+
+
+def reopener(args: argparse.Namespace, device: DeviceFollower) -> Callable[[], Chain]:
+    """Return what opens the chain that `device` has by then, without locks."""
+    policy = load_policy(args.allow_backing)
+
+    def reopen() -> Chain:
+        files = device.files
+        allowed = replace(policy, allow=(*policy.allow, *files.vouched))
+        opened = open_chain(files.path, allowed, lock=False, image_format=files.format)
+        try:
+            require_same(files, opened)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    return reopen
 
 
 def take_snapshot(address: Address, word: str, path: str, agent: Address | None) -> DeviceFiles:

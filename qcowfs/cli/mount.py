@@ -10,9 +10,10 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import qcowfs.cli
@@ -20,6 +21,7 @@ from qcowfs import daemon, mountoptions, mountpoint, snapshot
 from qcowfs.chain import Chain
 from qcowfs.cli import options as image_options
 from qcowfs.errors import FuseUnavailable, UsageError, printable
+from qcowfs.follow import Follower
 from qcowfs.limits import DEFAULT_CACHE_SIZE
 from qcowfs.mount import Session, check_fuse, notify_systemd
 from qcowfs.mountoptions import MountOptions
@@ -28,7 +30,7 @@ from qcowfs.vfs.names import SUFFIX
 from qcowfs.vfs.tree import ChainDisks, Tree
 
 if TYPE_CHECKING:
-    from qcowfs.qmp.files import DeviceFiles
+    from qcowfs.qmp.follower import DeviceFollower
 
 HELP = "show every point in time of an image: its disk as a file, and the files inside"
 
@@ -120,7 +122,7 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
     inherited = daemon.inherited_descriptors()
     options = _merged(args, options)
     _sort_words(args, options)
-    files = _take_device(args) if args.qmp is not None else None
+    device = _take_device(args) if args.qmp is not None else None
     if args.mountpoint is None:
         return 0  # the machine's devices were listed
     check_fuse(options)
@@ -128,12 +130,14 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
     log = daemon.log_to_file(options.log_file) if options.log_file else None
     with ExitStack() as stack:
         chain = stack.enter_context(image_options.open_chain(args))
-        if files is not None:
-            _check_device(files, chain)
+        if device is not None:
+            _check_device(device, chain)
         others = [stack.enter_context(image_options.open_chain(args, other)) for other in options.others]
-        tree = _tree(chain, others, options)
-        if files is not None and not tree.shown:
+        chains, disks = [chain, *others], ChainDisks(chain, options.cache_size, others)
+        tree = _tree(chains, disks, options)
+        if device is not None and not tree.shown:
             logger.warning("%s: the mount is empty: the disk has no snapshot yet", printable(args.qmp))
+        reopen = image_options.reopener(args, chains, None if device is None else _reopener_of(device, args))
         session = Session(
             tree,
             os.path.abspath(args.image),
@@ -141,12 +145,13 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
             options,
             occupied=sum(layer.disk_size for layer in chain.layers),
             obey_hangup=args.foreground,
+            follower=Follower(chains, reopen, tree, disks),
         )
         if fake:
             return 0
         if args.foreground:
-            return _serve_here(session, args, tree, log)
-        daemon.run(session.serve, close=inherited, log=log)
+            return _serve_here(session, args, tree, device, log)
+        daemon.run(partial(_serve, session, device), close=inherited, log=log)
         _say_mounted(args, tree, f"unmount with: qcowfs umount {printable(args.mountpoint)}")
     return 0
 
@@ -169,8 +174,11 @@ def _sort_words(args: argparse.Namespace, options: MountOptions) -> None:
         raise UsageError(what, hint="'qcowfs mount --help' tells more")
 
 
-def _take_device(args: argparse.Namespace) -> DeviceFiles | None:
-    """Put the image of a running machine's device into `args`; list the devices, and return None, if none is named."""
+def _take_device(args: argparse.Namespace) -> DeviceFollower | None:
+    """Put the image of a running machine's device into `args`, and return what follows the device.
+
+    If none is named, the devices are listed and it is None.
+    """
     from qcowfs.cli import machines  # with asyncio it takes 0.1 s, and no other mount has to wait for it
 
     files = machines.take_device(args)
@@ -179,13 +187,34 @@ def _take_device(args: argparse.Namespace) -> DeviceFiles | None:
         raise UsageError(f"{printable(args.qmp)}: no device is named, and nothing is mounted", hint=hint)
     if files is not None and args.mountpoint is None:
         raise UsageError("the following arguments are required: MOUNTPOINT", hint="'qcowfs mount --help' tells more")
-    return files
+    return None if files is None else machines.DeviceFollower(files)
 
 
-def _check_device(files: DeviceFiles, chain: Chain) -> None:
+def _check_device(device: DeviceFollower, chain: Chain) -> None:
     from qcowfs.qmp.files import require_same
 
-    require_same(files, chain)
+    require_same(device.files, chain)
+
+
+def _reopener_of(device: DeviceFollower, args: argparse.Namespace) -> Callable[[], Chain]:
+    from qcowfs.cli import machines
+
+    return machines.reopener(args, device)
+
+
+def _serve(session: Session, device: DeviceFollower | None, ready: Callable[[], None]) -> int:
+    """Serve, and follow the device if there is one: from when the mount is ready on, since then nothing forks."""
+
+    def ready_to_follow() -> None:
+        ready()
+        if device is not None:
+            device.start(lambda files: session.reload())
+
+    try:
+        return session.serve(ready_to_follow)
+    finally:
+        if device is not None:
+            device.stop()
 
 
 def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
@@ -207,13 +236,13 @@ def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
     )
 
 
-def _tree(chain: Chain, others: Sequence[Chain], options: MountOptions) -> Tree:
-    """Return the tree of `chain`; the person hears now what it will not show."""
-    for layer in (*chain.layers, *(layer for other in others for layer in other.layers)):
+def _tree(chains: Sequence[Chain], disks: ChainDisks, options: MountOptions) -> Tree:
+    """Return the tree of the first chain; the person hears now what it will not show."""
+    chain = chains[0]
+    for layer in (layer for opened in chains for layer in opened.layers):
         snapshot.require_plain(layer)
     owner = (os.getuid(), os.getgid())
     points = snapshot.points(chain)
-    disks = ChainDisks(chain, options.cache_size, others)
     image, shown = os.path.abspath(chain.image), _presentation(options)
     tree = Tree(points, disks, image=image, owner=owner, live=options.live, presentation=shown)
     if tree.left_out:
@@ -234,7 +263,9 @@ def _presentation(options: MountOptions) -> Presentation:
     )
 
 
-def _serve_here(session: Session, args: argparse.Namespace, tree: Tree, log: logging.Handler | None) -> int:
+def _serve_here(
+    session: Session, args: argparse.Namespace, tree: Tree, device: DeviceFollower | None, log: logging.Handler | None
+) -> int:
     if log is not None:
         logging.getLogger("qcowfs").addHandler(log)
 
@@ -242,7 +273,7 @@ def _serve_here(session: Session, args: argparse.Namespace, tree: Tree, log: log
         notify_systemd(f"READY=1\nSTATUS={len(tree.shown)} points of {printable(args.image)}")
         _say_mounted(args, tree, "Ctrl-C unmounts it")
 
-    return session.serve(ready)
+    return _serve(session, device, ready)
 
 
 def _say_mounted(args: argparse.Namespace, tree: Tree, how_to_end: str) -> None:

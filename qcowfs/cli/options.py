@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from qcowfs import chain, gate
 
-__all__ = ["add_image_options", "add_inside_options", "add_json_option", "add_opening_options", "open_chain"]
+__all__ = [
+    "add_image_options",
+    "add_inside_options",
+    "add_json_option",
+    "add_opening_options",
+    "open_chain",
+    "reopener",
+]
 
 logger = logging.getLogger("qcowfs")
 
@@ -68,3 +77,25 @@ def open_chain(args: argparse.Namespace, other: str | None = None, *, other_form
     for warning in opened.warnings:
         logger.warning("%s", warning)
     return opened
+
+
+def reopener(
+    args: argparse.Namespace, opened: Sequence[chain.Chain], reopen_image: Callable[[], chain.Chain] | None = None
+) -> Callable[[], list[chain.Chain]]:
+    """Return what opens all of `opened` again, without locks, wherever this process stands by then.
+
+    Args:
+        opened: the image that `args` names, and the others.
+        reopen_image: opens the image, if it may be another file by then.
+    """
+    policy = gate.load_policy(args.allow_backing)
+    formats = [args.image_format, *([None] * (len(opened) - 1))]
+    openers = [
+        partial(chain.open_chain, found.layers[0].path, policy, lock=False, image_format=image_format)
+        for found, image_format in zip(opened, formats, strict=True)
+    ]
+
+    def reopen() -> list[chain.Chain]:
+        return [(reopen_image or openers[0])(), *(opener() for opener in openers[1:])]
+
+    return reopen

@@ -31,26 +31,33 @@ class DeviceFollower:
 
     Args:
         files: the chain as it is known.
-        word: that means the device: its name, id or node.
-        changed: is called, in the follower's thread, with each chain that is another one than the last; also with the
-            last one when the machine has ended, since nobody writes its image then.
+
+    Attributes:
+        files: the chain as it was seen last. Any thread.
     """
 
-    def __init__(self, files: DeviceFiles, changed: Callable[[DeviceFiles], None]) -> None:
-        self._changed = changed
-        self._known = files
+    def __init__(self, files: DeviceFiles) -> None:
+        self.files = files
+        self._changed: Callable[[DeviceFiles], None] | None = None
         self._ended = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="qcowfs-qmp", daemon=True)
 
-    def start(self) -> None:
-        """Start looking; call it after the last fork."""
+    def start(self, changed: Callable[[DeviceFiles], None]) -> None:
+        """Start looking; call it after the last fork.
+
+        Args:
+            changed: is called, in the follower's thread, with each chain that is another one than the last; also with
+                the last one when the machine has ended, since nobody writes its image then.
+        """
+        self._changed = changed
         self._thread.start()
 
     def stop(self, seconds: float = 0.0) -> None:
         """Look no more, and wait up to `seconds` for the look that is under way."""
         self._stop.set()
-        self._thread.join(seconds)
+        if self._changed is not None:
+            self._thread.join(seconds)
 
     def _follow(self) -> None:
         while not self._stop.is_set():
@@ -63,17 +70,17 @@ class DeviceFollower:
                 self._stop.wait(RELEASE_SECONDS)
 
     def _look_for_a_while(self) -> None:
-        with Monitor(self._known.address) as monitor:
+        with Monitor(self.files.address) as monitor:
             until = time.monotonic() + HOLD_SECONDS
             self._look(monitor)
             while not self._stop.is_set() and monitor.wait(max(0.0, until - time.monotonic())):
                 self._look(monitor)
 
     def _look(self, monitor: Monitor) -> None:
-        device = find_device(monitor, self._known.device.word)
-        if device.images == self._known.device.images and not self._ended:
+        device = find_device(monitor, self.files.device.word)
+        if device.images == self.files.device.images and not self._ended:
             return
-        self._known = locate(self._known.address, device, monitor.process)
+        self.files = locate(self.files.address, device, monitor.process)
         self._ended = False
         self._tell()
 
@@ -85,9 +92,9 @@ class DeviceFollower:
             self._tell()
 
     def _tell(self) -> None:
-        if self._stop.is_set():
+        if self._stop.is_set() or self._changed is None:
             return
         try:
-            self._changed(self._known)
+            self._changed(self.files)
         except QcowfsError as error:
             logger.warning("%s", error)

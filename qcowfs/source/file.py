@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcowfs._source import FileSource, SliceSource, Source
 from qcowfs.errors import SourceError
@@ -17,6 +18,8 @@ from qcowfs.errors import SourceError
 __all__ = ["File", "open_file"]
 
 BLOCK = 512  # the unit of st_blocks
+TICK = 0.02  # seconds; the clock of Linux' file systems has ticks of 1 to 10 ms, and in one of them all times are equal
+SETTLING = 3  # looks at a file that somebody writes all the time without a lock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,16 @@ class File:
             return self.source.size
         except OSError as error:
             raise SourceError.from_oserror(self.path, "cannot tell its length", error) from error
+
+    def settled(self) -> File:
+        """Return this file with a status that tells of every later write by another st_mtime."""
+        status = os.fstat(self.descriptor)
+        for _ in range(SETTLING):
+            if stat.S_ISBLK(status.st_mode) or abs(time.time() - status.st_mtime) > TICK:
+                break
+            time.sleep(TICK)
+            status = os.fstat(self.descriptor)
+        return replace(self, status=status)
 
     def start(self, length: int) -> bytes:
         """Return the first `length` bytes, fewer if there are no more.

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import need
 from tests.support.monitors import stopped_machine
-from tests.support.mounts import Person, call, mounted, one_line
+from tests.support.mounts import Person, call, mounted, one_line, wait_until
 from tests.support.qemu import qemu, qemu_io
 
 pytest.importorskip("qemu.qmp")
@@ -62,6 +62,29 @@ def test_the_image_on_top_is_found_after_a_snapshot(machine: Path, target: Path)
 
     assert 0 == taken.returncode, taken.stderr
     assert {"base": 1, "top@before": 2, "top": 3} == shown
+
+
+def test_a_mount_follows_the_device_to_the_new_image_on_top(machine: Path, target: Path) -> None:
+    """The daemon and `qcowfs snapshot` share the monitor, which serves one client at a time."""
+    with mounted(f"--qmp={machine}:disk0", target):
+        before = first_bytes(target)
+        for name in ("second", "third"):
+            taken = call("snapshot", "--qmp", machine, "disk0", machine.with_name(f"{name}.qcow2"))
+            assert 0 == taken.returncode, taken.stderr
+        wait_until((target / "second.raw").exists, "the mount does not follow")
+        after = first_bytes(target)
+        latest = os.readlink(target / "latest.raw")
+
+    assert {"base": 1, "before": 2} == before
+    assert {"base": 1, "top@before": 2, "top": 3, "second": 3} == after
+    assert "second.raw" == latest
+
+
+def test_an_empty_mount_fills_with_the_first_snapshot(machine: Path, target: Path) -> None:
+    with mounted(f"--qmp={machine}:disk1", target):
+        assert [] == os.listdir(target)
+        taken = call("snapshot", "--qmp", machine, "disk1", machine.with_name("second.qcow2"))
+        wait_until((target / "disk.raw").exists, f"the mount does not follow: {taken.stderr}")
 
 
 def test_a_raw_disk_without_a_snapshot_is_an_empty_mount_with_a_word_why(machine: Path, target: Path) -> None:

@@ -402,8 +402,8 @@ def test_a_follower_tells_of_each_new_chain_lets_others_in_and_sees_the_end(
     words = ["-blockdev", node, "-device", "virtio-blk-pci,drive=n0,id=disk0"]
     with stopped_machine(path, *words) as socket:
         machine = Address(path=str(socket))
-        follower = DeviceFollower(located(machine, "disk0"), told.put)
-        follower.start()
+        follower = DeviceFollower(located(machine, "disk0"))
+        follower.start(told.put)
         for name in ("b", "c"):
             take_snapshot(machine, "disk0", str(path / f"{name}.qcow2"), None)
             assert str(path / f"{name}.qcow2") == told.get(timeout=PATIENCE).path
