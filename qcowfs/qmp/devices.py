@@ -115,7 +115,7 @@ def find_device(monitor: Monitor, word: str) -> Device:
     if node is not None:
         return node
     names = ", ".join(printable(device.word) for device in known[:MAX_HINTED]) or "none"
-    what = f"{printable(word)} is none of its devices, and no node of an image"
+    what = f"{printable(word)} is none of its devices, and no node"
     raise UsageError(f"{monitor.address.shown}: {what} of an image", hint=f"devices with an image: {names}")
 
 

@@ -96,20 +96,21 @@ class Monitor:
     def wait(self, seconds: float) -> bool:
         """Wait for an event of those that may tell of another chain; False if none comes within `seconds`.
 
+        Several that came since the last time are one: a job tells of many states, and one look at the chain is enough.
         That the connection is gone is told by the next command.
         """
         try:
             self._run(asyncio.wait_for(self._listener.get(), seconds))
         except TimeoutError:
             return False
-        self._listener.clear()  # a job tells of several states at once, and one look at the chain is enough
         return True
 
     async def _start(self, connection: socket.socket) -> None:
         # The client has locks of its event loop, so it is made in it.
         self._client = self._library.QMPClient("qcowfs", readbuflen=limits.MAX_MONITOR_MESSAGE)
-        self._listener = self._library.EventListener(names=CHAIN_EVENTS)
-        self._client.register_listener(self._listener)
+        self._listener = self._client.events  # as it is, it keeps all events until they are taken
+        self._listener.names = set(CHAIN_EVENTS)
+        self._listener.event_filter = lambda event: self._listener.empty()
         await asyncio.wait_for(self._client.connect(connection), self._seconds)
 
     async def _execute(self, command: str, arguments: dict[str, object]) -> Any:

@@ -167,6 +167,18 @@ def test_a_monitor_that_does_not_answer_a_command_is_not_waited_for(place: Path)
     assert "QEMU does not answer query-block within 0.3 seconds" == failure(place, answering())
 
 
+def test_many_events_are_one(place: Path) -> None:
+    """They are not kept: a job tells of its states one by one, and a server may have nothing else to say."""
+    event = b'{"event": "JOB_STATUS_CHANGE", "data": {}, "timestamp": {"seconds": 1, "microseconds": 1}}\r\n'
+    answer = event * 1000 + b'{"return": [], "id": "__qmp#00000"}'
+
+    with server(place, answering(answer)), Monitor(Address(path=str(place)), seconds=10) as monitor:
+        assert () == devices(monitor)
+        waited = [monitor.wait(SECONDS) for _ in range(2)]
+
+    assert [True, False] == waited
+
+
 def test_a_chain_without_end_is_refused(place: Path) -> None:
     image: dict[str, Any] = dict(IMAGE)
     for _ in range(2 * limits.MAX_CHAIN_DEPTH):
