@@ -29,7 +29,11 @@ class Writer:
         drive = f"file={self._image},format=qcow2,if=none,id={DISK},node-name=node0"
         words = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
         self._process = subprocess.Popen(
-            [*words, "-drive", drive], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
+            [*words, "-drive", drive],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.STDOUT,
         )
         self._line()
         self.qmp("qmp_capabilities")
