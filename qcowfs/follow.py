@@ -10,8 +10,8 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from qcowfs import snapshot
@@ -89,17 +89,32 @@ class Follower:
         if self._asked:  # before there was anybody to wake
             self._woken.set()
         while True:
-            with self._watched() as (descriptor, complete):
-                async with trio.open_nursery() as nursery:
-                    if descriptor is not None:
-                        nursery.start_soon(self._listen, descriptor)
-                    await self._wait_for_change(POLL_SECONDS if not complete else math.inf)
-                    nursery.cancel_scope.cancel()
-            await self._reload(forget)
+            try:
+                await self._wait_for_change()
+                await self._reload(forget)
+            except Exception:  # the mount lives without it
+                logger.exception("internal error")
+                self._failure = "internal error"
             with trio.move_on_after(POLL_SECONDS if self._failure else LOOK_SECONDS):
                 await self._woken.wait()
 
-    async def _wait_for_change(self, seconds: float) -> None:
+    async def _wait_for_change(self) -> None:
+        """Wait until the images have to be opened again."""
+        import trio
+
+        # In a thread: a path may lie under this very mount.
+        descriptor, complete = await trio.to_thread.run_sync(self._watch_all)
+        try:
+            async with trio.open_nursery() as nursery:
+                if descriptor is not None:
+                    nursery.start_soon(self._listen, descriptor)
+                await self._look_until_changed(math.inf if complete else POLL_SECONDS)
+                nursery.cancel_scope.cancel()
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    async def _look_until_changed(self, seconds: float) -> None:
         import trio
 
         # The first look is for what happened while nothing was watched.
@@ -125,9 +140,9 @@ class Follower:
     async def _reload(self, forget: Callable[[Sequence[bytes]], None]) -> None:
         import trio
 
-        self._asked = False
+        self._asked, self._woken = False, trio.Event()
         try:
-            opened = await trio.to_thread.run_sync(self._opened_again)
+            opened = await trio.to_thread.run_sync(self._opened_again, abandon_on_cancel=True)
         except (QcowfsError, OSError) as error:
             if str(error) != self._failure:
                 self._failure = str(error)
@@ -163,19 +178,14 @@ class Follower:
     def _has_changed(self) -> bool:
         return any(_has_changed(layer) for chain in self._chains for layer in chain.layers)
 
-    @contextmanager
-    def _watched(self) -> Iterator[tuple[int | None, bool]]:
-        """Yield a descriptor that becomes readable when something happens, and whether it hears of everything."""
+    def _watch_all(self) -> tuple[int | None, bool]:
+        """Return a descriptor that becomes readable when something happens, and whether it hears of everything."""
         try:
             descriptor = open_inotify()
         except OSError:
-            yield None, False
-            return
-        try:
-            layers = [layer for chain in self._chains for layer in chain.layers]
-            yield descriptor, sum(_watch(descriptor, layer) for layer in layers) == len(layers)
-        finally:
-            os.close(descriptor)
+            return None, False
+        watched = [_watch(descriptor, layer) for chain in self._chains for layer in chain.layers]
+        return descriptor, all(watched)
 
 
 def _has_changed(layer: Layer) -> bool:

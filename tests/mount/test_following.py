@@ -9,7 +9,6 @@ import errno
 import mmap
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import need
-from tests.support.mounts import Mounted, in_foreground, mounted, qemu, wait_until
+from tests.support.mounts import in_foreground, mounted, qemu, wait_until
 from tests.support.writer import DISK, Writer
 
 MIB = 1 << 20
@@ -86,19 +85,22 @@ def plane(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.mark.parametrize("how", ["inotify", "polling"])
 def test_a_snapshot_appears_and_another_disappears(disk: Path, target: Path, how: str) -> None:
-    with Writer(disk) as writer, mounted(disk, target, env=told(NO_INOTIFY if how == "polling" else "")) as mount:
-        with opened(mount / "first.raw") as first:
-            assert not (mount / "second.raw").exists()  # the kernel remembers that there is none
-            before = os.stat(mount / "first.raw")
-            writer.write(2, 0, 4 * MIB)
-            writer.snapshot("second")
-            wait_names(target, {"first.raw", "second.raw", "latest.raw"})
-            link, byte = os.readlink(mount / "latest.raw"), (mount / "second.raw").read_bytes()[0]
-            after, still = os.stat(mount / "first.raw"), byte_at(first, MIB)
-            writer.delete("second")
-            wait_names(target, {"first.raw", "latest.raw"})
-            at_last, found = os.readlink(mount / "latest.raw"), (mount / "second.raw").exists()
-            and_still = byte_at(first, 2 * MIB)
+    with (
+        Writer(disk) as writer,
+        mounted(disk, target, env=told(NO_INOTIFY if how == "polling" else "")) as mount,
+        opened(mount / "first.raw") as first,
+    ):
+        assert not (mount / "second.raw").exists()  # the kernel remembers that there is none
+        before = os.stat(mount / "first.raw")
+        writer.write(2, 0, 4 * MIB)
+        writer.snapshot("second")
+        wait_names(target, {"first.raw", "second.raw", "latest.raw"})
+        link, byte = os.readlink(mount / "latest.raw"), (mount / "second.raw").read_bytes()[0]
+        after, still = os.stat(mount / "first.raw"), byte_at(first, MIB)
+        writer.delete("second")
+        wait_names(target, {"first.raw", "latest.raw"})
+        at_last, found = os.readlink(mount / "latest.raw"), (mount / "second.raw").exists()
+        and_still = byte_at(first, 2 * MIB)
 
     assert (before, 1, 1) == (after, still, and_still)
     assert ("second.raw", 2, "first.raw", False) == (link, byte, at_last, found)
@@ -185,15 +187,15 @@ def test_an_image_that_cannot_be_opened_leaves_the_mount_as_it_is(disk: Path, ta
     good, bad = disk.with_name("good.qcow2"), disk.with_name("bad.qcow2")
     os.link(disk, good)
     bad.write_bytes(b"QFI\xfb" + bytes(200))
-    with mounted(disk, target, env=told()) as mount:
+    with mounted(disk, target, "--no-lock", env=told()) as mount:
         os.rename(bad, disk)
         wait_until(lambda: "goes on as it is" in mount.log.read_text(), "nothing in the log")
         mount.signal(signal.SIGHUP)
         shown, byte = names(target), (mount / "first.raw").read_bytes()[0]
+        qemu("qemu-img", "snapshot", "-q", "-c", "second", good)
         os.rename(good, disk)
-        qemu("qemu-img", "snapshot", "-U", "-q", "-l", disk)
         mount.signal(signal.SIGHUP)
-        time.sleep(0.2)
+        wait_names(target, {"current.raw", "first.raw", "second.raw", "latest.raw"})
         log = mount.log.read_text()
 
     assert (shown, byte) == ({"current.raw", "first.raw", "latest.raw"}, 1)
