@@ -8,8 +8,9 @@ from cython cimport boundscheck, wraparound
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memset
 
-from qcowfs._core cimport Disk, disk_has_warning, disk_read, holds_data
+from qcowfs._core cimport Disk, disk_has_warning, disk_read
 from qcowfs._resolve cimport disk_resolve, resolved_t
+from qcowfs._seek cimport holds_data
 from qcowfs._tables cimport NORMAL, LayerMap, fault_t
 
 cdef enum:

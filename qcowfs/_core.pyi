@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qcowfs._cache import Cache
+from qcowfs._guard import Guard
 from qcowfs._tables import LayerMap
 
 class Extent(NamedTuple):
@@ -16,7 +17,12 @@ class Extent(NamedTuple):
 
 class Disk:
     def __init__(
-        self, layers: Sequence[LayerMap], virtual_size: int, cache: Cache | None, identity: int = 0
+        self,
+        layers: Sequence[LayerMap],
+        virtual_size: int,
+        cache: Cache | None,
+        identity: int = 0,
+        guards: Sequence[Guard] = (),
     ) -> None: ...
     @property
     def virtual_size(self) -> int: ...

@@ -2,28 +2,29 @@
 """A Disk: one point in time, read as raw bytes through its backing chain.
 
 Used by the mount, the commands and the data plane. `disk_resolve` and `disk_read` run without the GIL on any number of
-threads; the border to Python is `Disk`'s methods. A point never changes, so nothing here needs to be told of changes.
+threads; the border to Python is `Disk`'s methods. A point never changes, so nothing here needs to be told of changes;
+where it may be deleted, its guards are asked after each read.
 """
 
 import logging
 import os
 from typing import NamedTuple
 
-from libc.errno cimport ENXIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 
 from qcowfs._cache cimport Cache
+from qcowfs._guard cimport Guard, guard_t
 from qcowfs._clusters cimport cluster_preload, cluster_read
-from qcowfs._resolve cimport disk_resolve, disk_t, range_bits_of, resolved_t
+from qcowfs._resolve cimport disk_check, disk_resolve, disk_t, range_bits_of, resolved_t
+from qcowfs._seek cimport disk_seek, find_hole
 from qcowfs._tables cimport (
-    COMPRESSED, LAYER_RAW, NORMAL, RULE_BAD_STREAM, RULE_COMPRESSED_IN_DATA_FILE, RULE_DATA_FILE_OFFSET,
+    COMPRESSED, LAYER_RAW, NORMAL, RULE_BAD_STREAM, RULE_COMPRESSED_IN_DATA_FILE, RULE_DATA_FILE_OFFSET, RULE_DELETED,
     RULE_L1_PAST_END, RULE_L1_UNALIGNED, RULE_L2_PAST_END, RULE_L2_UNALIGNED, RULE_NO_MEMORY, RULE_READ_FAILED,
     RULE_REFCOUNT_PAST_END, RULE_SECTOR_UNALIGNED, RULE_SUBCLUSTER_BOTH, RULE_SUBCLUSTER_WITHOUT_CLUSTER,
-    RULE_ZERO_IN_VERSION_2, ZERO, ZERO_ALLOCATED, LayerMap, fault_t, layer_fault, layer_t, mapping_type,
+    RULE_WRITTEN, RULE_ZERO_IN_VERSION_2, ZERO, ZERO_ALLOCATED, LayerMap, fault_t, layer_fault, layer_t, mapping_type,
 )
 from qcowfs.clib.atomic cimport atomic_load, atomic_store
 
@@ -31,7 +32,6 @@ from qcowfs.errors import ReadFault
 
 cdef enum:
     SECTOR_SIZE = 512
-    SEEK_STEPS = 64  # extents between two looks at the clock
     PRELOAD_SHARE = 4  # of the cache's budget, what one read may put there before it uses it
 
 cdef uint32_t last_identity = 0
@@ -51,6 +51,8 @@ RULES = {
     RULE_READ_FAILED: "the read failed",
     RULE_REFCOUNT_PAST_END: "the refcount structures lie past the end of the file: the image is truncated",
     RULE_NO_MEMORY: "no memory",
+    RULE_DELETED: "the snapshot was deleted, and its clusters may hold other data",
+    RULE_WRITTEN: "another process has written the file since it was opened",
 }
 
 logger = logging.getLogger("qcowfs.core")
@@ -84,22 +86,30 @@ cdef class Disk:
         cache: shared by all points of a mount.
         identity: a number of the caller's for this point, > 0 and no other point's: what is resolved is remembered
             under it, also after this object is gone. 0: nobody will ask again.
+        guards: Guard objects that have to hold after each read.
 
     Making one reads nothing.
     """
 
-    def __init__(self, layers, uint64_t virtual_size, Cache cache not None, uint32_t identity=0):
+    def __init__(self, layers, uint64_t virtual_size, Cache cache not None, uint32_t identity=0, guards=()):
         global last_identity
         cdef uint32_t number
         cdef LayerMap layer
+        cdef Guard guard
         self.layers = tuple(layers)
+        self.guards = tuple(guards)
         if not self.layers:
             raise ValueError("a disk has at least one layer")
         self.cache = cache
         free(self.c.layers)
+        free(self.c.guards)
         self.c.layers = <layer_t**>calloc(<size_t>len(self.layers), sizeof(layer_t*))
-        if self.c.layers == NULL:
+        self.c.guards = <guard_t**>calloc(<size_t>len(self.guards) + 1, sizeof(guard_t*))
+        if self.c.layers == NULL or self.c.guards == NULL:
             raise MemoryError()
+        for number, guard in enumerate(self.guards):
+            self.c.guards[number] = &guard.c
+        self.c.guard_count = <uint32_t>len(self.guards)
         for number, layer in enumerate(self.layers):
             self.c.layers[number] = &layer.c
         self.c.count = <uint32_t>len(self.layers)
@@ -112,6 +122,7 @@ cdef class Disk:
 
     def __dealloc__(self):
         free(self.c.layers)
+        free(self.c.guards)
 
     @property
     def virtual_size(self):
@@ -156,6 +167,7 @@ cdef class Disk:
             try:
                 extent = self.extent_at(offset, end - offset)
             except ReadFault:
+                self.require_guards()
                 if found:
                     break
                 raise
@@ -166,7 +178,17 @@ cdef class Disk:
             else:
                 break
             offset += extent.length
+        self.require_guards()
         return found
+
+    cdef int require_guards(self) except -1:
+        cdef fault_t fault
+        cdef int status
+        with nogil:
+            status = disk_check(&self.c, &fault)
+        if status < 0:
+            raise self.read_fault(&fault)
+        return 0
 
     def seek(self, uint64_t offset, int whence):
         """Return where the first data (SEEK_DATA) or hole (SEEK_HOLE) at `offset` or after it is; None: nowhere."""
@@ -230,20 +252,14 @@ cdef object make_extent(const resolved_t* resolved, uint32_t depth, uint64_t off
         resolved.mapping.host_offset if kind == NORMAL or kind == ZERO_ALLOCATED else None)
 
 
-cdef int find_hole(resolved_t* resolved, uint64_t offset, fault_t* fault) noexcept nogil:
-    """A raw layer's zeros are the holes of its file: cut the mapping to the hole or the data at `offset`."""
-    cdef int status
-    if resolved.layer == NULL or resolved.layer.kind != LAYER_RAW:
-        return 0
-    status = resolved.layer.data.status(resolved.layer.data, offset, &resolved.mapping.length)
-    if status < 0:
-        return layer_fault(fault, resolved.layer, RULE_READ_FAILED, -status, offset, offset)
-    if status == 0:
-        resolved.mapping.type = ZERO_ALLOCATED
-    return 0
-
-
 cdef int disk_read(
+    disk_t* disk, char* buffer, uint64_t offset, uint64_t length, fault_t* fault) noexcept nogil:
+    cdef int status = disk_fill(disk, buffer, offset, length, fault)
+    # Also after a fault: clusters that hold something else now look like a damaged image.
+    return -1 if disk_check(disk, fault) < 0 else status
+
+
+cdef int disk_fill(
     disk_t* disk, char* buffer, uint64_t offset, uint64_t length, fault_t* fault) noexcept nogil:
     # Neighbours that lie together in the file are joined before they are read: one system call for all of them. A
     # fault anywhere fails the whole read, so nothing is lost by finding it before the bytes in front of it are read.
@@ -329,41 +345,3 @@ cdef uint64_t disk_preload(disk_t* disk, uint64_t offset, uint64_t end) noexcept
         if resolved.mapping.type == COMPRESSED and cluster_preload(disk.cache, resolved.layer, &resolved.mapping):
             return offset
     return end
-
-
-cdef int disk_seek(const disk_t* disk, uint64_t offset, uint64_t end, bint data, uint64_t* found) noexcept nogil:
-    cdef int64_t deadline = monotonic_ms() + SEEK_TIME_MS
-    cdef uint32_t step = 0
-    cdef uint64_t length
-    if offset >= end:
-        return ENXIO
-    while offset < end:  # length is > 0
-        if holds_data(disk, offset, end, &length) == data:
-            found[0] = offset
-            return 0
-        offset += length
-        step += 1
-        if step % SEEK_STEPS == 0 and offset < end and monotonic_ms() > deadline:
-            # A hole that is called data is only slow; so the search may end anywhere, and a hostile image cannot make
-            # it last.
-            found[0] = offset if data else end
-            return 0
-    found[0] = end
-    return ENXIO if data else 0
-
-
-cdef bint holds_data(const disk_t* disk, uint64_t offset, uint64_t end, uint64_t* length) noexcept nogil:
-    cdef resolved_t resolved
-    cdef fault_t ignored
-    if disk_resolve(disk, offset, end - offset, &resolved, &ignored) < 0 or (
-            find_hole(&resolved, offset, &ignored) < 0):
-        length[0] = min(SECTOR_SIZE - offset % SECTOR_SIZE, end - offset)
-        return True
-    length[0] = resolved.mapping.length
-    return resolved.mapping.type == NORMAL or resolved.mapping.type == COMPRESSED
-
-
-cdef int64_t monotonic_ms() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * 1000 + now.tv_nsec // 1000000

@@ -18,13 +18,14 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from posix.unistd cimport read, write
 
 from qcowfs._ahead cimport ahead_follow, ahead_start, ahead_stop
-from qcowfs._core cimport disk_has_warning, disk_read, disk_seek
+from qcowfs._core cimport disk_has_warning, disk_read
 from qcowfs._handles cimport (
     Handles, handle_end, handle_read, handle_report, handle_t, handle_warn, handles_put, handles_take,
 )
 from qcowfs._mapped cimport mapped_has_warning, mapped_read, mapped_seek
 from qcowfs._nodes cimport Nodes
 from qcowfs._reply cimport device_reply
+from qcowfs._seek cimport disk_seek
 from qcowfs._tables cimport fault_t
 from qcowfs._threads cimport thread_start, thread_stop
 from qcowfs._treeplane cimport NOT_OURS, tree_answer, tree_list, tree_may_wait, tree_waited

@@ -13,8 +13,10 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
-from qcowfs._core cimport SEEK_TIME_MS, Disk, disk_has_warning, disk_read, disk_seek, monotonic_ms
+from qcowfs._core cimport Disk, disk_fill, disk_has_warning
 from qcowfs._records cimport extent_record_t
+from qcowfs._resolve cimport disk_check
+from qcowfs._seek cimport SEEK_TIME_MS, disk_seek, monotonic_ms
 
 cdef enum:
     FIRST_RUNS = 4
@@ -241,6 +243,18 @@ cdef uint64_t run_after(const mapped_t* mapped, uint64_t offset) noexcept nogil:
 cdef int mapped_read(
     const mapped_t* mapped, char* buffer, uint64_t offset, uint64_t length, fault_t* fault,
     uint32_t* number) noexcept nogil:
+    cdef int status = fill(mapped, buffer, offset, length, fault, number)
+    cdef uint32_t disk
+    for disk in range(mapped.disk_count):  # once, after all the pieces
+        if disk_check(mapped.disks[disk], fault) < 0:
+            number[0] = disk
+            return -1
+    return status
+
+
+cdef int fill(
+    const mapped_t* mapped, char* buffer, uint64_t offset, uint64_t length, fault_t* fault,
+    uint32_t* number) noexcept nogil:
     cdef uint64_t end = offset + length
     cdef uint64_t place = run_after(mapped, offset)
     cdef uint64_t step
@@ -256,7 +270,7 @@ cdef int mapped_read(
             step = min(end, run.start + run.length) - offset
             if run.disk == <uint32_t>LITERAL:
                 memcpy(buffer, mapped.literal + start, step)
-            elif disk_read(mapped.disks[run.disk], buffer, start, step, fault) < 0:
+            elif disk_fill(mapped.disks[run.disk], buffer, start, step, fault) < 0:
                 number[0] = run.disk
                 return -1
             place += 1

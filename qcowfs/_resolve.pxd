@@ -6,6 +6,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from qcowfs._cache cimport cache_t
+from qcowfs._guard cimport guard_t
 from qcowfs._tables cimport fault_t, layer_t, mapping_t
 
 
@@ -22,6 +23,8 @@ cdef struct disk_t:
     uint32_t range_bits  # log2 of the bytes that are remembered together
     uint64_t virtual_size  # bytes
     cache_t* cache
+    guard_t** guards  # each has to hold after a read
+    uint32_t guard_count
     uint32_t past_end  # atomic; the depth, + 1, of a layer whose data was found to lie past the end of its file
     uint32_t warned  # atomic; 1: `past_end` was said
     uint32_t compressed  # atomic; 1: a compressed cluster was met
@@ -37,3 +40,6 @@ cdef int resolve_by_layers(
 
 # log2 of the bytes to remember together for these layers.
 cdef uint32_t range_bits_of(layer_t** layers, uint32_t count) noexcept nogil
+
+# Ask the guards, after the bytes were read. Returns 0, or -1 with `fault`.
+cdef int disk_check(disk_t* disk, fault_t* fault) noexcept nogil

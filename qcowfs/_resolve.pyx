@@ -11,10 +11,12 @@ from libc.string cimport memcpy
 from qcowfs._cache cimport (
     KIND_RANGE, STATE_LOADING, cache_acquire, cache_find, cache_publish, cache_release, entry_t,
 )
+from qcowfs._guard cimport guard_check
 from qcowfs._tables cimport (
     COMPRESSED, LAYER_RAW, NORMAL, UNALLOCATED, ZERO_ALLOCATED, fault_t, layer_map, layer_t, mapping_t, mapping_type,
     unit_bits,
 )
+from qcowfs.clib.atomic cimport atomic_store
 
 cdef enum:
     UNITS_BITS = 6  # 64 units of the finest layer in one range: 4 MiB with clusters of 64 KiB, 1 to 2 KiB in the cache
@@ -173,3 +175,12 @@ cdef inline void take_span(
         mapping.host_offset += offset - span.start
     resolved.number = span.number
     resolved.layer = NULL if span.type == UNALLOCATED else disk.layers[span.number]
+
+
+cdef int disk_check(disk_t* disk, fault_t* fault) noexcept nogil:
+    cdef uint32_t number
+    for number in range(disk.guard_count):
+        if guard_check(disk.guards[number], fault) < 0:
+            atomic_store(&disk.warned, 1)  # what seemed to lie past the end of a file never did
+            return -1
+    return 0

@@ -27,7 +27,7 @@ cdef class Source:
 
 
 cdef class FileSource(Source):
-    pass
+    cdef FileSource owner  # of the descriptor; None: this one
 
 
 cdef class SliceSource(Source):

@@ -75,6 +75,10 @@ cdef class Source:
         """Return a source of the same bytes that no cache of ours stands before, so that it sees what changed."""
         return self
 
+    def again(self):
+        """Return another source of the same bytes: caches take it for a new one. None: there is no such thing."""
+        return None
+
     def close(self):
         """Give back what the source holds; reading it afterwards is an error."""
 
@@ -101,13 +105,18 @@ cdef class FileSource(Source):
             return -1, status.st_rdev
         return status.st_dev, status.st_ino
 
+    def again(self):
+        cdef FileSource other = FileSource(self.fileno(), self.name)
+        other.owner = self if self.owner is None else self.owner
+        return other
+
     def close(self):
-        if self.c.fd >= 0:
+        if self.c.fd >= 0 and self.owner is None:
             c_close(self.c.fd)
-            self.c.fd = -1
+        self.c.fd = -1
 
     def __dealloc__(self):
-        if self.c.fd >= 0:
+        if self.c.fd >= 0 and self.owner is None:
             c_close(self.c.fd)
 
 
@@ -134,8 +143,19 @@ cdef class SliceSource(Source):
         base = self.base.uncached()
         return self if base is self.base else SliceSource(base, self.c.start, self.c.room)
 
+    def again(self):
+        base = self.base.again()
+        return None if base is None else SliceSource(base, self.c.start, self.c.room)
+
     def close(self):
         self.base.close()
+
+
+def descriptor_of(Source source not None):
+    """Return the descriptor that is read in the end, None if there is none."""
+    while isinstance(source, SliceSource):
+        source = (<SliceSource>source).base
+    return source.fileno() if isinstance(source, FileSource) else None
 
 
 cdef int64_t file_pread(const source_t* source, void* buffer, uint64_t length, uint64_t offset) noexcept nogil:

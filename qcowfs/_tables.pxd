@@ -33,6 +33,8 @@ cdef enum rule_t:
     RULE_READ_FAILED
     RULE_REFCOUNT_PAST_END
     RULE_NO_MEMORY
+    RULE_DELETED
+    RULE_WRITTEN
 
 
 cdef struct fault_t:

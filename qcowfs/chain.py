@@ -25,7 +25,7 @@ from qcowfs.source.lock import LocksUnsupported, hold_reader_locks, writer_prese
 from qcowfs.source.remote import Remotes
 from qcowfs.source.url import Url, is_url, parse_url
 
-__all__ = ["FORMATS", "Chain", "Layer", "open_chain", "shown_name"]
+__all__ = ["FORMATS", "Chain", "Layer", "open_chain", "read_tables", "shown_name"]
 
 Header = qcow2.Header | qcow1.Header
 Snapshots = tuple[SnapshotEntry, ...]
@@ -172,11 +172,14 @@ class _Opener:
         self._warn_about(layer)
 
     def _layer(self, file: File, image_format: str, *, alone: bool) -> Layer:
-        written = self._written_by_other(file)  # first: what is read under the lock cannot change any more
-        header, snapshots = _read_tables(file.source, image_format, moving=written)
+        written, held = self._written_and_held(file)  # first: what is read under the lock cannot change any more
+        file = file if written or held else file.settled()
+        header, snapshots = read_tables(file.source, image_format, moving=not held)
         data = self._data_file(file, header)
         if data is not None:
-            written = self._written_by_other(data) or written
+            data_written, data_held = self._written_and_held(data)
+            data = data if data_written or data_held else data.settled()
+            written, held = written or data_written, held and data_held
         source = self._served(file, image_format) if image_format in foreign.FORMATS else file.source
         return Layer(
             depth=len(self.layers),
@@ -194,6 +197,8 @@ class _Opener:
             backing_name=header.backing_name if header and not alone else None,
             backing_format=header.backing_format if isinstance(header, qcow2.Header) else None,
             written_by_other=written,
+            held=held,
+            data_modified_ns=data.modified_ns if data else 0,
             file_id=file.identity,
         )
 
@@ -266,21 +271,23 @@ class _Opener:
             )
         return found
 
-    def _written_by_other(self, file: File) -> bool:
+    def _written_and_held(self, file: File) -> tuple[bool, bool]:
+        """Tell whether another process writes `file`, and whether none can, or what replaces it would be noticed."""
         path = printable(file.path)
         if file.descriptor is None:
             if not file.versioned:
                 self.warnings.append(f"{path}: its server has no locks: nobody can tell whether it is being written")
-            return False
+            return False, file.versioned
         try:
             if self._lock:
-                return not hold_reader_locks(file.descriptor)
-            return writer_present(file.descriptor)
+                held = hold_reader_locks(file.descriptor)
+                return not held, held
+            return writer_present(file.descriptor), False
         except LocksUnsupported:
             self.warnings.append(f"{path}: its file system has no locks: nobody can tell whether it is being written")
         except OSError as error:
             raise SourceError.from_oserror(file.path, "cannot lock", error) from error
-        return False
+        return False, False
 
     def _warn_about(self, layer: Layer) -> None:
         path = printable(layer.path)
@@ -333,11 +340,14 @@ def _recorded_format(overlay: Layer) -> str | None:
     return recorded
 
 
-def _read_tables(source: Source, image_format: str, *, moving: bool) -> tuple[Header | None, Snapshots]:
+def read_tables(source: Source, image_format: str, *, moving: bool) -> tuple[Header | None, Snapshots]:
     """Return the header and the snapshots; `moving`: another process may be writing just these.
 
     QEMU writes a new snapshot table, then the header that says where it is, and only then frees the old one. So a table
     is whole if the header is the same before and after it was read.
+
+    Raises:
+        ImageError: they are wrong, cannot be read, or change all the time.
     """
     if image_format != "qcow2":
         return (qcow1.read_header(source) if image_format == "qcow" else None), ()

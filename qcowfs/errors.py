@@ -14,6 +14,7 @@ Used by every room; imports nothing of the project. A class's docstring is the t
     |   `-- PointNotFound     17   ENOENT       the image holds no such point in time, or the point no such file
     |-- MountpointError       14   EBUSY        the directory to mount on
     |-- FuseUnavailable       15   ENODEV       /dev/fuse, fusermount3 or pyfuse3
+    |-- MonitorError          18   EIO          a running machine's monitor, or its guest agent
     |-- ReadFault              1   (as found)   a range of one disk that cannot be read right
     `-- TreeFault              1   (as found)   a name, a file or a whole tree inside a disk that cannot be read right
 
@@ -30,6 +31,7 @@ __all__ = [
     "FuseUnavailable",
     "GateRefused",
     "ImageError",
+    "MonitorError",
     "MountpointError",
     "NotAnImage",
     "PointNotFound",
@@ -159,6 +161,16 @@ class FuseUnavailable(QcowfsError):
 
     exit_code = 15
     errno = _errno.ENODEV
+
+
+class MonitorError(QcowfsError):
+    """{socket}: {what}"""
+
+    exit_code = 18
+
+    def __init__(self, socket: str, what: str, *, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.socket = socket  # as Address.shown has it
 
 
 class ReadFault(QcowfsError):

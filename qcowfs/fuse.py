@@ -263,8 +263,8 @@ class Operations(pyfuse3.Operations):
     def _node(self, inode: int) -> Node:
         try:
             return self._tree.node(inode)
-        except KeyError:
-            raise FUSEError(errno.ENOENT) from None
+        except KeyError:  # a point that is gone: the kernel looks the path up again
+            raise FUSEError(errno.ESTALE) from None
 
     def _directory(self, inode: int) -> Directory:
         node = self._node(inode)
@@ -273,7 +273,7 @@ class Operations(pyfuse3.Operations):
         return node
 
     def _file(self, inode: int) -> RawFile:
-        node = self._tree.node(inode)
+        node = self._node(inode)
         if not isinstance(node, RawFile):
             raise FUSEError(errno.EISDIR if isinstance(node, Directory) else errno.EINVAL)
         return node

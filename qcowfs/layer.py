@@ -38,6 +38,9 @@ class Layer:
         modified_ns: when the file was last written, nanoseconds since the epoch; when it was opened where nobody knows.
         backing_name, backing_format: as stored; None where there is none.
         written_by_other: another process has it open for writing.
+        held: nothing changes unnoticed: on all of its files the lock bytes of a QEMU reader are held, so that no other
+            process can write them, or their server tells versions apart.
+        data_modified_ns: as `modified_ns`, of the external data file.
         file_id: tells whether two layers are the same file.
     """
 
@@ -56,6 +59,8 @@ class Layer:
     backing_name: bytes | None
     backing_format: bytes | None
     written_by_other: bool
+    held: bool
+    data_modified_ns: int
     file_id: Hashable
 
     @property

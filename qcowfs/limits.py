@@ -56,6 +56,14 @@ MAX_LISTED_TABLES = 1 << 30  # the same for `list` and `info`, which a person wa
 MAX_GRANULARITY = 1 << 30  # bytes that `diff` tells apart as one; what is coarser says nothing of a disk
 MAX_LISTED_FAULTS = 1000  # ranges that `diff` says it cannot read, one by one; then only how many more there are
 
+MAX_MONITOR_MESSAGE = 16 << 20  # bytes of one answer of QEMU's monitor: a chain of 256 layers takes 250 KB
+MAX_AGENT_MESSAGE = 1 << 20  # bytes of one answer of a guest agent: the guest may write what it likes
+MAX_DEVICES = 4096  # devices and nodes of one machine that are looked at
+MAX_DEVICE_SNAPSHOTS = MAX_SNAPSHOTS  # internal snapshots of one image that the monitor tells of
+MONITOR_SECONDS = 10.0  # that QEMU may take for one answer: a monitor answers between other work of QEMU
+AGENT_SECONDS = 5.0  # that a guest agent may take to say that it is there: libvirt's limit
+FREEZE_SECONDS = 60.0  # for freezing or thawing: the guest writes out all it has; Windows gives up by itself at 60
+
 MAX_PARTITIONS = 255  # Linux: the most that one disk has
 MAX_GPT_ARRAY = 4 << 20  # Linux: bytes of all entries; what is usual is 16 KiB
 MAX_EMPTY_EBRS = 100  # Linux: links of a chain of extended boot records in a row that name no partition

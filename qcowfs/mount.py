@@ -15,12 +15,13 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from qcowfs import mountpoint
+from qcowfs import libfuse, mountpoint
 from qcowfs.errors import FuseUnavailable, MountpointError, QcowfsError
+from qcowfs.kernelcache import KernelCache
 from qcowfs.vfs.tree import Tree
 from qcowfs.watcher import Watcher
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from qcowfs._dataplane import DataPlane
     from qcowfs._handles import Handles
+    from qcowfs.follow import Follower
     from qcowfs.mountoptions import MountOptions
 
 __all__ = ["Session", "check_fuse", "notify_systemd"]
@@ -43,6 +45,7 @@ MAX_WORKERS = 16  # of the data plane; each has a buffer of 512 KiB at most
 MAX_HELPERS = 3  # that decompress ahead: so many cores one reader can keep busy
 MAX_TASKS = 99  # requests that pyfuse3 has under way at once, as it has by itself; all but a few wait for something
 RETIRE_SECONDS = 30.0  # between two looks at which workers of trees are idle
+HANGUP_SECONDS = 1.0  # from a shell's SIGHUP to the end of its terminal
 GRACE = 0.5  # seconds that a mount nobody uses takes at most to go away
 
 logger = logging.getLogger("qcowfs.mount")
@@ -100,7 +103,8 @@ class Session:
         directory: real path of a directory that `mountpoint.check` found right.
         options: allow_other, allow_root, auto_unmount and no_data_plane are used here.
         occupied: bytes that the chain takes on the host, for statfs.
-        obey_hangup: SIGHUP is an order to stop (a foreground process whose terminal is gone), not noise.
+        obey_hangup: SIGHUP is an order to stop if there was a terminal, and it is gone (a foreground process).
+        follower: keeps the tree up to date; None: it stays as it is.
     """
 
     def __init__(
@@ -112,13 +116,17 @@ class Session:
         *,
         occupied: int = 0,
         obey_hangup: bool = False,
+        follower: Follower | None = None,
     ) -> None:
         self._tree = tree
         self._image = image
         self._directory = directory
         self._options = options
         self._occupied = occupied
-        self._stop_signals = SIGNALS if obey_hangup else STOP_SIGNALS
+        self._follower = follower
+        self._kernel_cache: KernelCache | None = None
+        # Of this process; None: it has none, or does not care.
+        self._terminal = next((number for number in range(3) if obey_hangup and os.isatty(number)), None)
         self._device: str | None = None  # "major:minor" of the mount
         self._watcher: Watcher | None = None  # of -o auto_unmount
         self._plane: DataPlane | None = None
@@ -126,6 +134,11 @@ class Session:
         self._gone = False  # the mount is not in the tree any more, or not ours to take out
         self._stopping = False  # a signal came
         self._forced_by = 0  # the second signal
+
+    def reload(self) -> None:
+        """Look what has happened to the images, and show it; soon. Any thread."""
+        if self._follower is not None:
+            self._follower.ask()
 
     def serve(self, ready: Callable[[], None]) -> int:
         """Mount, answer until unmounted, and return an exit code: 0, or 128 + N if a second signal N forced the end.
@@ -152,6 +165,8 @@ class Session:
         finally:
             if self._plane is not None:
                 self._plane.stop()
+            if self._kernel_cache is not None:
+                self._kernel_cache.close()
             pyfuse3.close(unmount=unmount or not self._ready)
         if self._watcher is not None:
             self._watcher.dismiss()
@@ -165,11 +180,11 @@ class Session:
 
         handles = Handles()
         others = _fuse_descriptors()
-        with _standard_error_captured() as said:
+        with libfuse.standard_error_captured() as said:
             try:
                 pyfuse3.init(Operations(self._tree, self._occupied, handles), self._directory, self._fuse_options())
             except RuntimeError as error:
-                raise _refusal(self._directory, said()) from error
+                raise libfuse.refusal(self._directory, said()) from error
         try:
             self._start_helpers(handles, others)
         except BaseException:
@@ -182,14 +197,16 @@ class Session:
         self._device = mount.device if mount else None
         if self._options.auto_unmount and self._device is not None:
             self._watcher = Watcher(self._directory, self._device)
+        (descriptor,) = _fuse_descriptors() - others  # these were FUSE devices before there was this one
+        if self._follower is not None:
+            self._kernel_cache = KernelCache(os.dup(descriptor))
         if not self._options.no_data_plane:
-            self._start_plane(handles, others)
+            self._start_plane(handles, descriptor)
 
-    def _start_plane(self, handles: Handles, others: set[int]) -> None:
-        """Put the data plane between the device and pyfuse3; `others` were FUSE devices before there was this one."""
+    def _start_plane(self, handles: Handles, descriptor: int) -> None:
+        """Put the data plane between the device and pyfuse3."""
         from qcowfs._dataplane import DataPlane
 
-        (descriptor,) = _fuse_descriptors() - others
         cores = len(os.sched_getaffinity(0))
         workers, helpers = min(2 * cores, MAX_WORKERS), min(cores - 1, MAX_HELPERS)
         plane = DataPlane(descriptor, handles, self._tree.guests.nodes, workers=workers, helpers=helpers)
@@ -201,7 +218,7 @@ class Session:
 
     def _fuse_options(self) -> set[str]:
         """Return libfuse's options. Without allow_other nobody else gets in, so the kernel need not check modes."""
-        options = {"ro", "subtype=qcowfs", _LibfuseOption(f"fsname={_escaped(self._image)}")}
+        options = {"ro", "subtype=qcowfs", libfuse.LibfuseOption(f"fsname={libfuse.escaped(self._image)}")}
         for word in ("allow_other", "allow_root"):
             if getattr(self._options, word):
                 options |= {word, "default_permissions"}
@@ -216,6 +233,9 @@ class Session:
                 nursery.start_soon(self._announce, ready)
                 nursery.start_soon(self._obey, signals, nursery)
                 nursery.start_soon(self._retire)
+                if self._follower is not None and self._kernel_cache is not None:
+                    self._tree.hear_of_stale(self._follower.hint)
+                    nursery.start_soon(self._follower.run, self._kernel_cache.forget)
                 if self._plane is not None:
                     nursery.start_soon(self._wait_for_the_end, self._plane)
                 await self._answer()
@@ -265,7 +285,9 @@ class Session:
         import pyfuse3
 
         async for number in signals:
-            if number not in self._stop_signals:
+            if number == signal.SIGHUP and not self._hung_up():
+                self.reload()
+                nursery.start_soon(self._look_at_terminal)
                 continue
             if self._stopping:
                 self._forced_by = number
@@ -273,6 +295,17 @@ class Session:
                 return
             self._stopping = True
             nursery.start_soon(self._stop)
+
+    def _hung_up(self) -> bool:
+        return self._terminal is not None and not os.isatty(self._terminal)
+
+    async def _look_at_terminal(self) -> None:
+        """A shell may say SIGHUP just before the terminal goes."""
+        import trio
+
+        await trio.sleep(HANGUP_SECONDS)
+        if self._hung_up() and not self._stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
 
     async def _stop(self) -> None:
         """Take the mount out of the tree; main() ends when the last file in it is closed, which is mostly now."""
@@ -324,43 +357,6 @@ def _read_ahead(device: str) -> None:
     """Let the kernel read further ahead; only root may, and only where /sys is writable."""
     with suppress(OSError), open(f"/sys/class/bdi/{device}/read_ahead_kb", "w", encoding="ascii") as setting:
         setting.write(str(READ_AHEAD_KIB))
-
-
-class _LibfuseOption(str):
-    """An option that is not ASCII: pyfuse3 encodes options as ASCII, libfuse takes any bytes."""
-
-    __slots__ = ()
-
-    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
-        return os.fsencode(str(self))
-
-
-def _escaped(value: str) -> str:
-    """Return `value` so that libfuse's option parser gives it back: a comma ends an option, a backslash escapes."""
-    return value.replace("\\", "\\\\").replace(",", "\\,")
-
-
-@contextmanager
-def _standard_error_captured() -> Iterator[Callable[[], str]]:
-    """Catch what C code writes to standard error; libfuse and fusermount3 tell their reasons only there."""
-    memory = os.memfd_create("qcowfs-stderr")
-    saved = os.dup(2)
-    os.dup2(memory, 2)
-    try:
-        yield lambda: os.fsdecode(os.pread(memory, 4096, 0))
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(memory)
-
-
-def _refusal(directory: str, said: str) -> QcowfsError:
-    """Return the error for what libfuse and fusermount3 `said`, in one line."""
-    reasons = [line.removeprefix("fusermount3: ").removeprefix("fuse: ") for line in said.splitlines() if line.strip()]
-    what = f"FUSE refused: {'; '.join(reasons) or 'no reason given'}"
-    if "mountpoint" in said or "mounting over" in said:
-        return MountpointError(directory, what)
-    return FuseUnavailable(f"{directory}: {what}")
 
 
 def notify_systemd(state: str) -> None:

@@ -25,6 +25,7 @@ _FLAGS = {
     "nolock": "no_lock",
     "nonempty": "nonempty",
     "norecovery": "norecovery",
+    "qmp": "qmp",
     "rw": "rw",
 }
 _VALUES = {word: word for word in ("cache_dir", "cache_dir_size", "image_format", "log_file", "source_timeout")}
@@ -40,7 +41,7 @@ LAST_ID = (1 << 32) - 2  # of users and groups; one more means "none" to the ker
 KNOWN = (
     *("allow_backing=DIR|URL|any", "allow_other", "allow_root", "auto_unmount", "cache_dir=DIR", "cache_dir_size=SIZE"),
     *("cache_size=SIZE", "gid=N", "image_format=FORMAT", "live", "log_file=FILE", "no_data_plane", "no_lock"),
-    *("nonempty", "norecovery", "ro", "source_timeout=SECONDS", "symlinks=raw|contain", "uid=N", "umask=OCTAL"),
+    *("nonempty", "norecovery", "qmp", "ro", "source_timeout=SECONDS", "symlinks=raw|contain", "uid=N", "umask=OCTAL"),
     "with=IMAGE",
 )
 
@@ -69,6 +70,7 @@ class MountOptions:
         auto_unmount: let the mount vanish when its daemon dies, instead of staying dead.
         nonempty: mount over a directory that is not empty, or over another mount.
         norecovery: show the files inside as they are on the disk, with no journal replayed.
+        qmp: IMAGE is SOCKET:DEVICE, as --qmp takes it.
         rw: somebody asked for a writable mount; there is none.
         symlinks: "raw", as they are stored, or "contain", so that none leads out of its tree.
         uid, gid: of all files inside; -1: as stored.
@@ -86,6 +88,7 @@ class MountOptions:
     no_lock: bool = False
     nonempty: bool = False
     norecovery: bool = False
+    qmp: bool = False
     rw: bool = False
     symlinks: str = "raw"
     uid: int = -1

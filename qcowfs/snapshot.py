@@ -6,18 +6,23 @@ and which of them stay as they are. Sizes that need a walk of tables are in `siz
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from qcowfs import qcow1
 from qcowfs._cache import Cache
 from qcowfs._core import Disk
+from qcowfs._guard import Guard
+from qcowfs._source import Source, descriptor_of
 from qcowfs._tables import LayerMap
-from qcowfs.chain import Chain, Layer
+from qcowfs.chain import Chain, Layer, read_tables
 from qcowfs.errors import QcowfsError, UnsupportedImage, printable
 from qcowfs.qcow2 import header as qcow2
-from qcowfs.qcow2.snapshots import SnapshotEntry, read_snapshots, validate_l1
+from qcowfs.qcow2.snapshots import SnapshotEntry, is_same_table, validate_l1
 
 NANOSECONDS = 1_000_000_000
 LIVE_CACHE_SIZE = 1 << 20  # of one read of a LiveDisk, and forgotten after it
@@ -132,7 +137,8 @@ def open_disk(chain: Chain, point: Point, cache: Cache, identity: int = 0) -> Di
     for layer in (point.layer, *below):
         require_plain(layer)
     maps = [layer_map(point.layer, point.entry), *(layer_map(layer) for layer in below)]
-    return Disk(maps, point.virtual_size, cache, identity)
+    guards = [*_guards(point.layer, point.entry), *(guard for layer in below for guard in _guards(layer))]
+    return Disk(maps, point.virtual_size, cache, identity, guards)
 
 
 def require_plain(layer: Layer) -> None:
@@ -222,12 +228,74 @@ def require_unchanged(points: Iterable[Point]) -> None:
     Raises:
         QcowfsError: one is not; what was read of it may be other data.
     """
-    tables: dict[int, list[SnapshotEntry]] = {}
     for point in points:
-        layer = point.layer
-        if point.entry is None or not layer.written_by_other:
-            continue
-        if layer.depth not in tables:
-            tables[layer.depth] = list(read_snapshots(layer.source, qcow2.read_header(layer.source)))
-        if point.entry not in tables[layer.depth]:
-            raise QcowfsError(f"{printable(layer.path)}: the snapshot was deleted or changed while it was being read")
+        if point.entry is not None and not point.layer.held and _find(point.layer, point.entry) is None:
+            path = printable(point.layer.path)
+            raise QcowfsError(f"{path}: the snapshot was deleted or changed while it was being read")
+
+
+def has_moved(layer: Layer) -> bool:
+    """Tell, by two small reads, whether a layer's snapshot table or a file that nobody was writing has changed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    header = layer.header
+    if isinstance(header, qcow2.Header) and not is_same_table(layer.source.uncached(), header, layer.snapshots):
+        return True
+    if layer.written_by_other:
+        return False
+    return any(guard.check() for guard in _guards(layer))
+
+
+def _guards(layer: Layer, entry: SnapshotEntry | None = None) -> list[Guard]:
+    """Return what to check after a read of `layer`, in its active state or in that of a snapshot.
+
+    docs/decisions/0010-following.md says what this proves. A source that is no file of this machine has no guard of
+    its active state.
+    """
+    if layer.held:
+        return []
+    if entry is not None:
+        assert isinstance(layer.header, qcow2.Header)
+        header = layer.header
+        return [
+            Guard.snapshot(
+                layer.source.uncached(),
+                entry.stored,
+                partial(_find, layer, entry),
+                depth=layer.depth,
+                table=header.snapshots_offset,
+                count=header.snapshots_count,
+                place=entry.place,
+            )
+        ]
+    if layer.written_by_other:  # it changes, and whoever reads it knows
+        return []
+    found = [_file_guard(layer, layer.source, layer.modified_ns)]
+    if layer.data is not layer.source:
+        found.append(_file_guard(layer, layer.data, layer.data_modified_ns))
+    return [guard for guard in found if guard is not None]
+
+
+def _file_guard(layer: Layer, source: Source, modified_ns: int) -> Guard | None:
+    descriptor = descriptor_of(source)
+    if descriptor is None:
+        return None
+    if stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        return Guard.device(source, depth=layer.depth)
+    return Guard.file(source, depth=layer.depth, modified_ns=modified_ns)
+
+
+def _find(layer: Layer, entry: SnapshotEntry) -> tuple[int, int, int] | None:
+    """Return where the snapshot table of `layer` is now, its number of entries, and where in it `entry` is.
+
+    None: the snapshot is not there any more. Nothing of it comes from a cache.
+
+    Raises:
+        QcowfsError: the table cannot be read right now.
+    """
+    header, snapshots = read_tables(layer.source.uncached(), "qcow2", moving=True)
+    assert isinstance(header, qcow2.Header)
+    place = next((other.place for other in snapshots if other.stored == entry.stored), None)
+    return None if place is None else (header.snapshots_offset, header.snapshots_count, place)

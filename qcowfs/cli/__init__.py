@@ -24,7 +24,7 @@ from qcowfs.errors import QcowfsError, UsageError, printable
 
 __all__ = ["VERBS", "build_parser", "command", "main", "report"]
 
-VERBS = ("mount", "umount", "list", "ls", "cat", "diff", "history", "restore", "export", "info", "map")
+VERBS = ("mount", "umount", "list", "ls", "cat", "diff", "history", "restore", "export", "info", "map", "snapshot")
 DIFF_FAILED = 3  # what other verbs end with 1 for
 INTERRUPTED = 130  # 128 + SIGINT, as a shell tells it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing can meet, and all that is written is output

@@ -8,17 +8,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import qcowfs.cli
 from qcowfs import daemon, mountoptions, mountpoint, snapshot
 from qcowfs.chain import Chain, shown_name
 from qcowfs.cli import options as image_options
 from qcowfs.errors import FuseUnavailable, UsageError, printable
+from qcowfs.follow import Follower
 from qcowfs.inside.trees import Trees
 from qcowfs.limits import DEFAULT_CACHE_SIZE
 from qcowfs.mount import Session, check_fuse, notify_systemd
@@ -27,6 +30,9 @@ from qcowfs.source.url import is_url
 from qcowfs.vfs.guest import Presentation
 from qcowfs.vfs.names import SUFFIX
 from qcowfs.vfs.tree import ChainDisks, Tree
+
+if TYPE_CHECKING:
+    from qcowfs.qmp.follower import DeviceFollower
 
 HELP = "show every point in time of an image: its disk as a file, and the files inside"
 
@@ -41,9 +47,13 @@ logger = logging.getLogger("qcowfs.mount")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `qcowfs mount`."""
-    image_options.add_image_options(parser)
+    parser.add_argument("image", metavar="IMAGE", nargs="?", help="a qcow2 image; qcow version 1 and raw work too")
+    image_options.add_opening_options(parser)
     image_options.add_inside_options(parser)
-    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an empty directory")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="an empty directory")
+    parser.add_argument(
+        "--qmp", metavar="SOCKET[:DEVICE]", help="instead of IMAGE: a running machine's disk, by its monitor"
+    )
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground; Ctrl-C unmounts")
     parser.add_argument(
         "-o",
@@ -113,46 +123,132 @@ def _mount(args: argparse.Namespace, options: MountOptions, *, fake: bool = Fals
     """Check everything, then mount. With `fake`, only check."""
     inherited = daemon.inherited_descriptors()
     options = _merged(args, options)
+    _sort_words(args, options)
+    device = _take_device(args) if args.qmp is not None else None
+    if args.mountpoint is None:
+        return 0  # the machine's devices were listed
     check_fuse(options)
     directory = mountpoint.check(args.mountpoint, nonempty=options.nonempty)
     log = daemon.log_to_file(options.log_file) if options.log_file else None
     if fake:
-        return _serve(args, options, directory, lambda session, tree: 0)
+        return _serve(args, options, directory, device, lambda session, tree: 0)
     if args.foreground:
-        return _serve(args, options, directory, partial(_serve_here, args, log))
-    daemon.run(partial(_serve_behind, args, options, directory), close=inherited, log=log)
+        return _serve(args, options, directory, device, partial(_serve_here, args, device, log))
+    daemon.run(partial(_serve_behind, args, options, directory, device), close=inherited, log=log)
     return 0
 
 
 def _serve(
-    args: argparse.Namespace, options: MountOptions, directory: str, serve: Callable[[Session, Tree], int]
+    args: argparse.Namespace,
+    options: MountOptions,
+    directory: str,
+    device: DeviceFollower | None,
+    serve: Callable[[Session, Tree], int],
 ) -> int:
     """Open everything, and call `serve`. Threads of remote sources start here, so this is the process that serves."""
     with ExitStack() as stack:
         trees = stack.enter_context(Trees(recover=not options.norecovery))  # a fork, so before there are threads
         chain = stack.enter_context(image_options.open_chain(args))
+        if device is not None:
+            _check_device(device, chain)
         others = [stack.enter_context(image_options.open_chain(args, other)) for other in options.others]
-        tree = _tree(chain, others, options, trees)
-        occupied = sum(layer.disk_size for layer in chain.layers)
-        image = _absolute(chain.image)
-        return serve(Session(tree, image, directory, options, occupied=occupied, obey_hangup=args.foreground), tree)
+        chains, disks = [chain, *others], ChainDisks(chain, options.cache_size, others)
+        tree = _tree(chains, disks, options, trees)
+        if device is not None and not tree.shown:
+            logger.warning("%s: the mount is empty: the disk has no snapshot yet", printable(args.qmp))
+        reopen = image_options.reopener(args, chains, None if device is None else _reopener_of(device, args))
+        session = Session(
+            tree,
+            _absolute(chain.image),
+            directory,
+            options,
+            occupied=sum(layer.disk_size for layer in chain.layers),
+            obey_hangup=args.foreground,
+            follower=Follower(chains, reopen, tree, disks),
+        )
+        return serve(session, tree)
 
 
 def _serve_behind(
-    args: argparse.Namespace, options: MountOptions, directory: str, tell_parent: Callable[[], None]
+    args: argparse.Namespace,
+    options: MountOptions,
+    directory: str,
+    device: DeviceFollower | None,
+    tell_parent: Callable[[], None],
 ) -> int:
     def serve(session: Session, tree: Tree) -> int:
         def ready() -> None:
             _say_mounted(args, tree, f"unmount with: qcowfs umount {printable(args.mountpoint)}")
             tell_parent()
 
-        return session.serve(ready)
+        return _serve_and_follow(session, device, ready)
 
-    return _serve(args, options, directory, serve)
+    return _serve(args, options, directory, device, serve)
 
 
 def _absolute(image: str) -> str:
     return image if is_url(image) else os.path.abspath(image)
+
+
+def _sort_words(args: argparse.Namespace, options: MountOptions) -> None:
+    """See that the right ones of IMAGE and MOUNTPOINT are there; --qmp stands in the place of IMAGE.
+
+    In fstab it is the other way round: with -o qmp what mount(8) takes for the source is SOCKET:DEVICE.
+    """
+    if args.qmp is None and options.qmp:
+        args.qmp, args.image, args.mountpoint = args.image, args.mountpoint, None
+    if args.qmp is None:
+        missing = [name for name, word in (("IMAGE", args.image), ("MOUNTPOINT", args.mountpoint)) if word is None]
+    elif args.mountpoint is not None:
+        raise UsageError("--qmp takes the place of IMAGE: only MOUNTPOINT may follow")
+    else:
+        args.image, args.mountpoint, missing = None, args.image, []
+    if missing:
+        what = f"the following arguments are required: {', '.join(missing)}"
+        raise UsageError(what, hint="'qcowfs mount --help' tells more")
+
+
+def _take_device(args: argparse.Namespace) -> DeviceFollower | None:
+    """Put the image of a running machine's device into `args`, and return what follows the device.
+
+    If none is named, the devices are listed and it is None.
+    """
+    from qcowfs.cli import machines  # with asyncio it takes 0.1 s, and no other mount has to wait for it
+
+    files = machines.take_device(args)
+    if files is None and args.mountpoint is not None:
+        hint = f"one of those: --qmp {shlex.quote(args.qmp)}:DEVICE"
+        raise UsageError(f"{printable(args.qmp)}: no device is named, and nothing is mounted", hint=hint)
+    if files is not None and args.mountpoint is None:
+        raise UsageError("the following arguments are required: MOUNTPOINT", hint="'qcowfs mount --help' tells more")
+    return None if files is None else machines.DeviceFollower(files)
+
+
+def _check_device(device: DeviceFollower, chain: Chain) -> None:
+    from qcowfs.qmp.files import require_same
+
+    require_same(device.files, chain)
+
+
+def _reopener_of(device: DeviceFollower, args: argparse.Namespace) -> Callable[[], Chain]:
+    from qcowfs.cli import machines
+
+    return machines.reopener(args, device)
+
+
+def _serve_and_follow(session: Session, device: DeviceFollower | None, ready: Callable[[], None]) -> int:
+    """Serve, and follow the device if there is one: from when the mount is ready on, since then nothing forks."""
+
+    def ready_to_follow() -> None:
+        ready()
+        if device is not None:
+            device.start(lambda files: session.reload())
+
+    try:
+        return session.serve(ready_to_follow)
+    finally:
+        if device is not None:
+            device.stop()
 
 
 def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
@@ -175,13 +271,13 @@ def _merged(args: argparse.Namespace, options: MountOptions) -> MountOptions:
     )
 
 
-def _tree(chain: Chain, others: Sequence[Chain], options: MountOptions, trees: Trees) -> Tree:
-    """Return the tree of `chain`; the person hears now what it will not show."""
-    for layer in (*chain.layers, *(layer for other in others for layer in other.layers)):
+def _tree(chains: Sequence[Chain], disks: ChainDisks, options: MountOptions, trees: Trees) -> Tree:
+    """Return the tree of the first chain; the person hears now what it will not show."""
+    chain = chains[0]
+    for layer in (layer for opened in chains for layer in opened.layers):
         snapshot.require_plain(layer)
     owner = (os.getuid(), os.getgid())
     points = snapshot.points(chain)
-    disks = ChainDisks(chain, options.cache_size, others)
     image, shown = _absolute(chain.image), _presentation(options)
     tree = Tree(points, disks, image=image, owner=owner, live=options.live, presentation=shown)
     tree.guests.start(trees)
@@ -203,7 +299,9 @@ def _presentation(options: MountOptions) -> Presentation:
     )
 
 
-def _serve_here(args: argparse.Namespace, log: logging.Handler | None, session: Session, tree: Tree) -> int:
+def _serve_here(
+    args: argparse.Namespace, device: DeviceFollower | None, log: logging.Handler | None, session: Session, tree: Tree
+) -> int:
     if log is not None:
         logging.getLogger("qcowfs").addHandler(log)
 
@@ -211,7 +309,7 @@ def _serve_here(args: argparse.Namespace, log: logging.Handler | None, session: 
         notify_systemd(f"READY=1\nSTATUS={len(tree.shown)} points of {printable(shown_name(args.image))}")
         _say_mounted(args, tree, "Ctrl-C unmounts it")
 
-    return session.serve(ready)
+    return _serve_and_follow(session, device, ready)
 
 
 def _say_mounted(args: argparse.Namespace, tree: Tree, how_to_end: str) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from qcowfs import chain, gate, mountoptions
 from qcowfs.errors import UsageError, printable
@@ -19,6 +21,7 @@ __all__ = [
     "add_json_option",
     "add_opening_options",
     "open_chain",
+    "reopener",
 ]
 
 logger = logging.getLogger("qcowfs")
@@ -130,3 +133,26 @@ def _seconds(text: str) -> float:
         hint = f"seconds from {MIN_PATIENCE:g} to {MAX_PATIENCE:g} were expected"
         raise UsageError(f"--source-timeout {printable(text)}: not a time to wait", hint=hint)
     return seconds
+
+
+def reopener(
+    args: argparse.Namespace, opened: Sequence[chain.Chain], reopen_image: Callable[[], chain.Chain] | None = None
+) -> Callable[[], list[chain.Chain]]:
+    """Return what opens all of `opened` again, without locks, wherever this process stands by then.
+
+    Args:
+        opened: the image that `args` names, and the others.
+        reopen_image: opens the image, if it may be another file by then.
+    """
+    policy = gate.load_policy(args.allow_backing)
+    formats = [args.image_format, *([None] * (len(opened) - 1))]
+    words = [found.layers[0].url.text if found.layers[0].url else found.layers[0].path for found in opened]
+    openers = [
+        partial(chain.open_chain, word, policy, lock=False, image_format=image_format, remotes=_remotes_of(args))
+        for word, image_format in zip(words, formats, strict=True)
+    ]
+
+    def reopen() -> list[chain.Chain]:
+        return [(reopen_image or openers[0])(), *(opener() for opener in openers[1:])]
+
+    return reopen

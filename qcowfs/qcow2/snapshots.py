@@ -7,7 +7,8 @@ specification, "Snapshots". Pure functions over a Source; any thread.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qcowfs import limits
@@ -17,9 +18,11 @@ from qcowfs.qcow2.header import Header
 if TYPE_CHECKING:
     from qcowfs._source import Source
 
-__all__ = ["SnapshotEntry", "read_snapshots", "validate_l1"]
+__all__ = ["SnapshotEntry", "is_same_table", "read_snapshots", "validate_l1"]
 
 FIXED_LENGTH = 40
+HEADER_FIELDS = 0x3C  # of the header: nb_snapshots and snapshots_offset
+_FIELDS = struct.Struct(">IQ")
 NO_ICOUNT = (1 << 64) - 1
 CHUNK = 1 << 20  # the table is read in pieces: its length is known only after its last entry
 
@@ -34,6 +37,9 @@ class SnapshotEntry:
         disk_size: bytes of the disk when it was made; None where it was not recorded, which means the active size
             (version 2 allows it; of version 3 the specification wants it, and QEMU reads images without it).
         icount: the instruction count of a recorded guest, None if there is none.
+        stored: all bytes of it. No two snapshots of an image have the same, were they even made one after the other
+            with the same name: they hold the time, to the microsecond.
+        place: its host offset. Both take no part in comparisons.
     """
 
     ordinal: int
@@ -47,6 +53,8 @@ class SnapshotEntry:
     vm_state_size: int
     disk_size: int | None
     icount: int | None
+    stored: bytes = field(default=b"", compare=False, repr=False)
+    place: int = field(default=0, compare=False)
 
 
 def read_snapshots(source: Source, header: Header) -> tuple[SnapshotEntry, ...]:
@@ -58,6 +66,19 @@ def read_snapshots(source: Source, header: Header) -> tuple[SnapshotEntry, ...]:
     """
     table = _Table(source, header.snapshots_offset)
     return tuple(_entry(table, ordinal, header) for ordinal in range(header.snapshots_count))
+
+
+def is_same_table(source: Source, header: Header, entries: Sequence[SnapshotEntry]) -> bool:
+    """Tell, by two small reads, whether the table that `entries` were read from is still there.
+
+    The last entry stands for all: another table with as many has one that was made later, and the latest is the last.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if source.read_at(HEADER_FIELDS, _FIELDS.size) != _FIELDS.pack(header.snapshots_count, header.snapshots_offset):
+        return False
+    return all(source.read_at(last.place, len(last.stored)) == last.stored for last in entries[-1:])
 
 
 class _Table:
@@ -103,18 +124,21 @@ class _Table:
 
 def _entry(table: _Table, ordinal: int, header: Header) -> SnapshotEntry:
     table.align()
-    fixed = struct.unpack(">QIHHIIQII", table.take(FIXED_LENGTH))
-    l1_offset, l1_entries, id_length, name_length, seconds, nanoseconds, clock, vm_state_size, extra_length = fixed
+    place, fixed = table.place, table.take(FIXED_LENGTH)
+    l1_offset, l1_entries, id_length, name_length, seconds, nanoseconds, clock, vm_state_size, extra_length = (
+        struct.unpack(">QIHHIIQII", fixed)
+    )
     if extra_length > limits.MAX_SNAPSHOT_EXTRA_SIZE:
         raise table.corrupt(f"{extra_length} bytes of extra data, at most {limits.MAX_SNAPSHOT_EXTRA_SIZE}")
     extra = table.take(extra_length)
     large_vm_state, disk_size, icount = (_word(extra, place) for place in (0, 8, 16))
     if disk_size is not None and disk_size > limits.MAX_VIRTUAL_SIZE:
         raise table.corrupt(f"a disk of {disk_size:#x} bytes, at most {limits.MAX_VIRTUAL_SIZE:#x}")
+    entry_id, name = table.take(id_length), table.take(name_length)
     return SnapshotEntry(
         ordinal=ordinal,
-        id=table.take(id_length),
-        name=table.take(name_length),
+        id=entry_id,
+        name=name,
         l1_offset=l1_offset,
         l1_entries=l1_entries,
         date_sec=seconds,
@@ -123,6 +147,8 @@ def _entry(table: _Table, ordinal: int, header: Header) -> SnapshotEntry:
         vm_state_size=vm_state_size if large_vm_state is None else large_vm_state,
         disk_size=disk_size,
         icount=None if icount == NO_ICOUNT else icount,
+        stored=fixed + extra + entry_id + name,
+        place=place,
     )
 
 

@@ -11,7 +11,7 @@ import stat
 import time
 from collections.abc import Hashable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qcowfs._source import FileSource, SliceSource, Source
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["File", "open_file", "remote_file"]
 
 BLOCK = 512  # the unit of st_blocks
+TICK = 0.02  # seconds; the clock of Linux' file systems has ticks of 1 to 10 ms, and in one of them all times are equal
+SETTLING = 3  # looks at a file that somebody writes all the time without a lock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,18 @@ class File:
     modified_ns: int
     disk_size: int
     versioned: bool
+
+    def settled(self) -> File:
+        """Return this file with a time of modification that every later write will change."""
+        if self.descriptor is None:
+            return self
+        status = os.fstat(self.descriptor)
+        for _ in range(SETTLING):
+            if stat.S_ISBLK(status.st_mode) or abs(time.time() - status.st_mtime) > TICK:
+                break
+            time.sleep(TICK)
+            status = os.fstat(self.descriptor)
+        return replace(self, modified_ns=status.st_mtime_ns)
 
     def start(self, length: int) -> bytes:
         """Return the first `length` bytes, fewer if there are no more.

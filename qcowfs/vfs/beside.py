@@ -26,6 +26,10 @@ class Beside:
 
     def __init__(self, chains: Sequence[Chain], cache: Cache) -> None:
         self._cache = cache
+        self.show(chains)
+
+    def show(self, chains: Sequence[Chain]) -> None:
+        """Take `chains` from now on."""
         self._chains = [
             (chain, list(zip(names.assign(found := points(chain)), found, strict=True))) for chain in chains
         ]

@@ -6,6 +6,7 @@ one of them answers EIO to its reader anyway.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -23,7 +24,13 @@ logger = logging.getLogger("qcowfs.mount")
 
 
 class FaultLog:
-    """Logs faults; `clock` gives seconds and is a parameter for the tests."""
+    """Logs faults; `clock` gives seconds and is a parameter for the tests.
+
+    Attributes:
+        stale: is called, by any thread, when a file was found to be gone by who read it; None: nobody wants to know.
+    """
+
+    stale: Callable[[], None] | None = None
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -36,6 +43,8 @@ class FaultLog:
     def report(self, name: str, fault: QcowfsError) -> None:
         """Log `fault` of the file `name`, unless it is known or the log has had enough for now."""
         self._report(f"{name}: {fault}")
+        if fault.errno == errno.ESTALE and self.stale is not None:
+            self.stale()
 
     def report_tree(self, fault: TreeFault) -> None:
         """Log a fault that names the tree it is in, in the same way."""

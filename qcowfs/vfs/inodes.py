@@ -4,6 +4,7 @@ Used by vfs/tree.py, in one thread. Backup tools and NFS clients remember number
 
 A number CAN be compared between two mounts of the same image: the same path has the same number.
 A number CANNOT tell whether two mounts show the same bytes: a path may name another point after the image changed.
+A number CANNOT come back in one mount: a path that names something else by then has another one (`turn`).
 
 A tree inside a disk has 2 ** 40 numbers in a row: those of its files are the file system's own behind the tree's.
 """
@@ -17,6 +18,7 @@ from qcowfs.inside.record import INODE_BITS
 __all__ = ["INODE_BITS", "ROOT", "Inodes"]
 
 ROOT = 1  # FUSE's fixed number of the root directory; 0 means "no such entry"
+ATTEMPT_BITS = 32  # of a salt; the others count the turns
 _MASK = (1 << 63) - 1  # some programs keep inode numbers in signed 64-bit integers
 
 
@@ -28,27 +30,37 @@ class Inodes:
     """
 
     def __init__(self) -> None:
-        self._path_of = {ROOT: b"/"}  # number -> the path that holds it
+        self._path_of = {ROOT: b"/"}  # number -> the path, and turn, that holds it
         self._rows: dict[int, bytes] = {0: b""}  # number >> INODE_BITS -> the tree that has these; b"": single numbers
 
-    def number(self, path: bytes) -> int:
-        """Return the inode number of `path`, an absolute path in the mount."""
-        attempt = 0
+    def number(self, path: bytes, turn: int = 0) -> int:
+        """Return the inode number of `path`, an absolute path in the mount.
+
+        Args:
+            turn: how often the path has become something else since the mount was made, less than 2 ** 31.
+        """
+        attempt = turn << ATTEMPT_BITS
+        owner = _owner(path, turn)
         while True:
             number = _hashed(path, attempt)
-            if number and not self._rows.get(number >> INODE_BITS) and self._path_of.setdefault(number, path) == path:
+            if number and not self._rows.get(number >> INODE_BITS) and self._path_of.setdefault(number, owner) == owner:
                 self._rows[number >> INODE_BITS] = b""
                 return number
             attempt += 1
 
-    def tree(self, path: bytes) -> int:
+    def tree(self, path: bytes, turn: int = 0) -> int:
         """Return the first of the numbers of the tree at `path`: a multiple of 2 ** INODE_BITS, and not 0."""
-        attempt = 0
+        attempt = turn << ATTEMPT_BITS
+        owner = _owner(path, turn)
         while True:
             row = _hashed(path, attempt) >> INODE_BITS
-            if self._rows.setdefault(row, path) == path:
+            if self._rows.setdefault(row, owner) == owner:
                 return row << INODE_BITS
             attempt += 1
+
+
+def _owner(path: bytes, turn: int) -> bytes:
+    return path if turn == 0 else b"%s\0%d" % (path, turn)
 
 
 def _hashed(path: bytes, attempt: int) -> int:

@@ -2,8 +2,8 @@
 
 Used by vfs/tree.py, which makes them, and by fuse.py, which asks them. One thread (the mount's), but for
 `DiskFile.count`, which walks tables and may run in any one thread at a time, and `RawFile`'s `read`, `end` and
-`report`, which are for the threads of the data plane too. Nodes live as long as the mount, so FUSE's lookup counts are
-of no interest here.
+`report`, which are for the threads of the data plane too. Nodes live as long as their point is shown, and as long as
+they are open, so FUSE's lookup counts are of no interest here.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Node:
 
 
 class Directory(Node):
-    """A directory of the mount's own; who makes it fills `entries`, and nothing changes them afterwards."""
+    """A directory of the mount's own; who makes it fills `entries`, and only the root's change afterwards."""
 
     __slots__ = ("entries", "parent")
 
@@ -238,11 +238,9 @@ class DiskFile(RawFile):
 
     Args:
         count_allocated: returns the bytes that it allocates; may walk tables, is called at most once.
-        count_changed: returns the bytes that may have changed since the point before it, None if that takes too long;
-            may walk tables, is called at most once. None: there is no point before it.
     """
 
-    __slots__ = ("_blocks", "_changed", "_count_allocated", "_count_changed")
+    __slots__ = ("_blocks", "_changed", "_count_allocated", "_count_changed", "_predecessor")
 
     def __init__(
         self,
@@ -252,13 +250,24 @@ class DiskFile(RawFile):
         *,
         virtual_size: int,
         count_allocated: Callable[[], int],
-        count_changed: Callable[[], int | None] | None = None,
     ) -> None:
         super().__init__(place, make_disk, faults, virtual_size=virtual_size)
         self._count_allocated = count_allocated
         self._blocks: int | None = None  # None until counted
-        self._count_changed = count_changed
+        self._predecessor: object = None
+        self._count_changed: Callable[[], int | None] | None = None
         self._changed: int | None = None
+
+    def compare_with(self, predecessor: object, count_changed: Callable[[], int | None] | None) -> None:
+        """Say which point is the one before it.
+
+        Args:
+            predecessor: a point; None: there is none.
+            count_changed: returns the bytes that may have changed since then, None if that takes too long; may walk
+                tables, is called at most once.
+        """
+        if predecessor is not self._predecessor:
+            self._predecessor, self._count_changed, self._changed = predecessor, count_changed, None
 
     @property
     def has_predecessor(self) -> bool:

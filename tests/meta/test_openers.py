@@ -52,6 +52,7 @@ KNOWN = {
     ("mountpoint.py", "mounts"): "the kernel's table of mounts",
     ("policy.py", "_read"): "a configuration file",
     ("policy.py", "_without_waiting"): "a configuration file",
+    ("qmp/address.py", "_short"): "the directory of a socket that a person named",
     ("restore/destination.py", "_opened"): "where a person wants files",
     ("restore/directory.py", "opened"): "directories that are written into",
     ("restore/draft.py", "__init__"): "files that are written",

@@ -162,7 +162,7 @@ class TestTheDaemon:
         assert (target / "current.raw").read_bytes() == CONTENT
         assert call("umount", target).returncode == 0
 
-    def test_ignores_a_hangup(self, image: Path, target: Path) -> None:
+    def test_outlives_a_hangup(self, image: Path, target: Path) -> None:
         with mounted(image, target) as mount:
             mount.signal(signal.SIGHUP)
 
@@ -422,7 +422,7 @@ class TestDeath:
 
 
 class TestForeground:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_unmounts_and_the_exit_code_is_0(self, image: Path, target: Path, number: int) -> None:
         with in_foreground(image, target) as mount:
             mount.signal(number)
@@ -430,6 +430,29 @@ class TestForeground:
 
         assert mount.process is not None
         assert mount.process.returncode == 0
+
+    def test_the_end_of_its_terminal_unmounts(self, image: Path, target: Path) -> None:
+        terminal, ours = pty.openpty()
+        words = [*launcher(), "mount", "-f", str(image), str(target)]
+        with subprocess.Popen(words, stdin=ours, stdout=ours, stderr=ours, start_new_session=True) as process:
+            try:
+                os.close(ours)
+                wait_until(lambda: mountpoint.find(str(target)) or process.poll() is not None, "it never mounted")
+                os.getxattr(target, "user.qcowfs.pid")  # it answers
+                os.close(terminal)
+                process.send_signal(signal.SIGHUP)
+
+                assert process.wait(PATIENCE) == 0
+                assert mountpoint.find(str(target)) is None
+            finally:
+                process.kill()
+
+    def test_a_hangup_without_a_terminal_is_no_end(self, image: Path, target: Path) -> None:
+        with in_foreground(image, target) as mount:
+            mount.signal(signal.SIGHUP)
+
+            assert (mount / "current.raw").read_bytes() == CONTENT
+            assert mount.is_alive()
 
     def test_a_second_signal_forces_and_the_exit_code_says_so(self, image: Path, target: Path) -> None:
         with in_foreground(image, target) as mount, held(mount / "current.raw", me()):

@@ -1,8 +1,8 @@
 """The kernel and the initramfs that the tests' virtual machine boots, made once and kept under build/vm.
 
 Used by vm.py and by `make vm`. The kernel is Debian's cloud kernel, downloaded and unpacked but not installed; the
-initramfs holds busybox, mkfs.ext4, the modules for virtio and for FAT and exFAT, and an init that runs commands from
-the second serial port. Several processes may ask at once: a file lock lets one of them make it.
+initramfs holds busybox, mkfs.ext4, QEMU's guest agent, the modules for virtio and for FAT and exFAT, and an init that
+runs commands from the second serial port. Several processes may ask at once: a file lock lets one of them make it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,10 @@ CACHE = Path(__file__).resolve().parents[2] / "build" / "vm"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 # In the order in which they depend on one another; ext4 is built into this kernel.
 MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk")
+# For the guest agent; the test that wants it loads it.
+AGENT_MODULES = ("virtio_console",)
+# Not installed on this machine: it would obey whoever runs the hypervisor that this may be a guest of.
+AGENT_PACKAGE, AGENT = "qemu-guest-agent", "usr/sbin/qemu-ga"
 # What the kernel of the machine that runs the tests may not have.
 FILE_SYSTEMS = ("nls_cp437", "nls_ascii", "fat", "vfat", "exfat")
 DOWNLOAD_SECONDS = 300
@@ -76,12 +80,14 @@ def _is_current(image: BootImage) -> bool:
 
 
 def _make(image: BootImage, cache: Path) -> None:
-    package = cache / "kernel"
+    package, agent = cache / "kernel", cache / "agent"
     if not list(package.glob("boot/vmlinuz-*")):
-        _download_kernel(cache, package)
+        _download(_newest_kernel, cache, package)
+    if not (agent / AGENT).exists():
+        _download(lambda: AGENT_PACKAGE, cache, agent)
     (kernel,) = package.glob("boot/vmlinuz-*")
     (modules,) = package.glob("lib/modules/*")
-    _write_whole(image.initramfs, gzip.compress(_initramfs(modules), compresslevel=1))
+    _write_whole(image.initramfs, gzip.compress(_initramfs(modules, agent / AGENT), compresslevel=1))
     _write_whole(image.kernel, kernel.read_bytes())
 
 
@@ -98,18 +104,18 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _download_kernel(cache: Path, package: Path) -> None:
-    name = _newest_kernel()
+def _download(newest: Callable[[], str], cache: Path, package: Path) -> None:
+    """Unpack a package of Debian's to the directory `package`; `newest` returns its name as of the lists."""
     for old in cache.glob("*.deb"):
         old.unlink()
     try:
-        _run("apt-get", "download", name, cwd=cache)
+        _run("apt-get", "download", newest(), cwd=cache)
     except BootImageError:
-        # Debian's mirrors drop a kernel when the next one comes, so lists that are some weeks old name a lost file.
+        # Debian's mirrors drop a package when the next one comes, so lists that are some weeks old name a lost file.
         _run(*_as_root(), "apt-get", "update", cwd=cache)
-        _run("apt-get", "download", _newest_kernel(), cwd=cache)
+        _run("apt-get", "download", newest(), cwd=cache)
     (archive,) = cache.glob("*.deb")
-    unpacked = cache / "kernel.new"
+    unpacked = package.with_suffix(".new")
     shutil.rmtree(unpacked, ignore_errors=True)
     _run("dpkg", "-x", str(archive), str(unpacked), cwd=cache)
     unpacked.rename(package)
@@ -135,15 +141,17 @@ def _run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def _initramfs(modules: Path) -> bytes:
+def _initramfs(modules: Path, agent: Path) -> bytes:
     files = {Path("init"): INIT.format(modules=" ".join(MODULES + FILE_SYSTEMS)).encode()}
     files[Path("bin/busybox")] = _program("busybox").read_bytes()
-    for module in MODULES + FILE_SYSTEMS:
+    for module in MODULES + FILE_SYSTEMS + AGENT_MODULES:
         (found,) = modules.rglob(f"{module}.ko")
         files[Path("modules", f"{module}.ko")] = found.read_bytes()
     # Not as mke2fs: busybox has a small one of that name, which its shell would prefer.
     files[Path("sbin/mkfs.ext4")] = _program("mke2fs").read_bytes()
-    files |= {library.relative_to("/"): library.read_bytes() for library in _libraries(_program("mke2fs"))}
+    files[Path("sbin/qemu-ga")] = agent.read_bytes()
+    libraries = {*_libraries(_program("mke2fs")), *_libraries(agent)}
+    files |= {library.relative_to("/"): library.read_bytes() for library in libraries}
     files[Path("etc/mke2fs.conf")] = Path("/etc/mke2fs.conf").read_bytes()
     return _newc(files)
 

@@ -31,7 +31,8 @@ _copies: list[str] = []  # directories, of this process
 RUNNER = shlex.split(os.environ.get("QCOWFS_TEST_RUNNER", ""))  # goes before each `qcowfs`: a debugger, a sanitizer
 PATIENCE = 20.0  # seconds; far more than anything here takes on a busy machine
 
-# What a console script does, plus the stacks on SIGUSR1. `qcowfs` may or may not be installed.
+# What a console script does, plus the stacks on SIGUSR1, and what a test wants to be otherwise (QCOWFS_TEST_BEFORE).
+# `qcowfs` may or may not be installed.
 LAUNCHER = """
 import faulthandler, os, signal, sys
 sys.path.insert(0, {repository!r})
@@ -39,6 +40,7 @@ sys.path.append({packages!r})
 stacks = os.environ.get("QCOWFS_TEST_STACKS")
 if stacks:
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)
+exec(os.environ.get("QCOWFS_TEST_BEFORE", ""))
 from {module} import {function}
 sys.exit({function}())
 """

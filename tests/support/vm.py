@@ -53,14 +53,20 @@ class Machine:
         events: the QMP events that came so far, oldest first.
     """
 
-    def __init__(self, disks: Sequence[Path | str], *, directory: Path, memory: int = 256) -> None:
-        """`directory`: where QEMU runs, with relative names beginning there, and leaves its logs. `memory` in MiB."""
+    def __init__(
+        self, disks: Sequence[Path | str], *, directory: Path, memory: int = 256, more: Sequence[str] = ()
+    ) -> None:
+        """`directory`: where QEMU runs, with relative names beginning there, and leaves its logs. `memory` in MiB.
+
+        `more`: words for QEMU's command line.
+        """
         self.disks = tuple(disks)
         self.events: list[dict[str, Any]] = []
         self._directory = directory
         self._kernel_log = directory / "guest-kernel.log"
         self._qemu_log = directory / "qemu.log"
         self._memory = memory
+        self._more = tuple(more)
         self._process: subprocess.Popen[bytes] | None = None
         self._console: Lines | None = None
         self._monitor: Lines | None = None
@@ -169,7 +175,7 @@ class Machine:
             path = str(disk).replace(",", ",,")
             disk_format = "raw" if path.endswith(".raw") else "qcow2"
             command += ["-drive", f"id=disk{number},if=virtio,format={disk_format},file={path}"]
-        return command
+        return [*command, *self._more]
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + BOOT_SECONDS

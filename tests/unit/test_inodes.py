@@ -64,3 +64,13 @@ def test_a_tree_never_has_the_roots_numbers(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(inodes, "_hashed", lambda path, attempt: attempt << 40)
 
     assert Inodes().tree(b"/a/p1") == 1 << 40
+
+
+def test_a_path_that_becomes_something_else_has_another_number() -> None:
+    numbers = Inodes()
+    files = [numbers.number(b"/a.raw", turn) for turn in range(3)]
+    trees = [numbers.tree(b"/a", turn) for turn in range(3)]
+
+    assert len({*files, *trees}) == 6
+    assert files[0] == numbers.number(b"/a.raw") == Inodes().number(b"/a.raw")
+    assert trees[2] == numbers.tree(b"/a", 2)

@@ -382,3 +382,85 @@ def test_what_changed_is_counted_against_the_next_older_point_and_once() -> None
     assert [node.changed() for node in found.values() if isinstance(node, DiskFile)] == [None, 512, 512]
     assert [node.changed() for node in found.values() if isinstance(node, DiskFile)] == [None, 512, 512]
     assert disks.compared == [(new, old), (now, new)]
+
+
+class TestFollow:
+    """A tree that shows other points from now on."""
+
+    def test_the_same_point_keeps_its_node_and_what_is_new_has_one(self) -> None:
+        old, new = snapshot(b"old", date=1), snapshot(b"new", date=2)
+        tree = grown([active(), old])
+        kept = file(tree, b"old.raw")
+
+        changed = tree.follow([tree.points[0], old, new], FakeDisks())
+
+        assert file(tree, b"old.raw") is kept
+        assert tree.node(file(tree, b"new.raw").place.ino) is file(tree, b"new.raw")
+        assert set(changed) == {b"new.raw", b"new", b"latest.raw"}
+        assert tree.root.attributes().mtime_ns == 2 * SECOND
+
+    def test_nothing_new_changes_nothing(self) -> None:
+        tree = grown([active(), snapshot(b"s")])
+
+        assert tree.follow(tree.points, FakeDisks()) == []
+
+    def test_a_point_that_is_gone_has_no_name_and_no_node(self) -> None:
+        tree = grown([active(), snapshot(b"s")])
+        number = file(tree, b"s.raw").place.ino
+
+        changed = tree.follow(tree.points[:1], FakeDisks())
+
+        assert set(changed) == {b"s.raw", b"s", b"latest.raw"}
+        assert set(tree.root.entries) == {b"current.raw"}
+        assert tree.folder(tree.root, b"s") is None
+        with pytest.raises(KeyError):
+            tree.node(number)
+
+    def test_a_file_that_is_open_keeps_its_node_until_it_is_closed(self) -> None:
+        tree = grown([active(), snapshot(b"s")])
+        node = file(tree, b"s.raw")
+        node.open()
+
+        tree.follow(tree.points[:1], FakeDisks())
+        while_open = tree.node(node.place.ino)
+        node.release()
+        tree.follow(tree.points, FakeDisks())
+
+        assert while_open is node
+        with pytest.raises(KeyError):
+            tree.node(node.place.ino)
+
+    def test_another_point_of_the_same_name_is_another_file(self) -> None:
+        tree = grown([active(), snapshot(b"s", date=1)])
+        before = file(tree, b"s.raw")
+
+        changed = tree.follow([tree.points[0], snapshot(b"s", date=1)], FakeDisks())
+
+        after = file(tree, b"s.raw")
+        assert after is not before
+        assert after.place.ino != before.place.ino
+        assert {b"s.raw", b"s"} <= set(changed)
+
+    def test_changes_are_counted_since_the_point_that_is_before_it_now(self) -> None:
+        disks = FakeDisks()
+        first, second, third = (snapshot(name, date=date) for date, name in enumerate((b"1", b"2", b"3")))
+        tree = grown([first, second, third], disks)
+        node = file(tree, b"3.raw")
+        assert isinstance(node, DiskFile)
+        node.changed()
+
+        tree.follow([first, third], disks)
+        node.changed()
+
+        assert disks.compared == [(third, second), (third, first)]
+
+    @pytest.mark.expect_warnings
+    def test_who_reads_what_is_gone_is_heard(self) -> None:
+        heard: list[str] = []
+        tree = grown([active(), snapshot(b"s")])
+        tree.hear_of_stale(lambda: heard.append("stale"))
+
+        file(tree, b"s.raw").report(ReadFault("image", 0, 0, "the snapshot was deleted", errno.ESTALE))
+        file(tree, b"s.raw").report(ReadFault("image", 0, 0, "the read failed", errno.EIO))
+
+        assert heard == ["stale"]
