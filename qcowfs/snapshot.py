@@ -213,7 +213,9 @@ class LiveDisk:
             ImageError: the header cannot be read right now.
         """
         maps = [self._map(self._point.layer, self._point.entry), *(self._map(layer) for layer in self._below)]
-        return Disk(maps, self.virtual_size, Cache(LIVE_CACHE_SIZE)).pread(offset, length)
+        # What lies below may change; the snapshot itself must not be gone.
+        guards = _guards(self._point.layer, self._point.entry) if self._point.entry else ()
+        return Disk(maps, self.virtual_size, Cache(LIVE_CACHE_SIZE), guards=guards).pread(offset, length)
 
     @staticmethod
     def _map(layer: Layer, entry: SnapshotEntry | None = None) -> LayerMap:

@@ -11,6 +11,7 @@ import pytest
 
 from qcowfs import snapshot
 from qcowfs.chain import Chain, open_chain
+from qcowfs.errors import ReadFault
 from qcowfs.gate import Policy
 from qcowfs.renewal import known_points, renewed
 from tests.support import need
@@ -121,3 +122,15 @@ def test_a_moved_table_and_a_new_snapshot_are_noticed_at_little_cost(top: Path) 
         os.utime(top, ns=(0, opened.layers[0].modified_ns))  # only the entry tells
 
         assert (before, snapshot.has_moved(opened.layers[0])) == (False, True)
+
+
+def test_a_snapshot_over_a_layer_that_changes_is_not_read_once_it_is_gone(top: Path) -> None:
+    with chain(top) as opened:
+        disk = snapshot.LiveDisk(opened, snapshot.points(opened)[1])
+        before = disk.pread(0, 512)
+        qemu("qemu-img", "snapshot", "-q", "-d", "first", top)
+
+        with pytest.raises(ReadFault, match="the snapshot was deleted"):
+            disk.pread(0, 512)
+
+    assert before == bytes(512)
