@@ -147,19 +147,25 @@ cdef class Exclusive:
         cdef refcounts_t refcounts = self.refcounts
         cdef uint64_t clusters = 0
         cdef uint64_t cluster
+        cdef uint64_t references
         refcounts.source = layer.c.source
         refcounts.cluster_bits = layer.c.cluster_bits
         refcounts.table_entries = self.refcounts.table_entries * (cluster_size // 8)
         self.shared.count = 0
         for cluster in range(layer.c.l1_offset >> layer.c.cluster_bits,
                              (layer.c.l1_offset + layer.c.l1_entries * 8 + cluster_size - 1) >> layer.c.cluster_bits):
-            clusters += refcount_of(&refcounts, cluster) == 1
+            with nogil:  # here and below: the source may be one that needs the GIL in another thread
+                references = refcount_of(&refcounts, cluster)
+            clusters += references == 1
         self.budget.left -= <int64_t>layer.c.l1_entries * 8
         for offset in l2_tables(layer, layer.c.l1_entries):
             self.budget.left -= ENTRY_COST
             if self.budget.left <= 0:
                 return None
-            if refcount_of(&refcounts, offset >> layer.c.cluster_bits) != 1:
+            cluster = <uint64_t>offset >> layer.c.cluster_bits
+            with nogil:
+                references = refcount_of(&refcounts, cluster)
+            if references != 1:
                 continue
             found = self.count_table(layer, offset, &refcounts)
             if found < 0:
