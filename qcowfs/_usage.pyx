@@ -152,7 +152,7 @@ cdef class Exclusive:
         refcounts.table_entries = self.refcounts.table_entries * (cluster_size // 8)
         self.shared.count = 0
         end = (layer.c.l1_offset + layer.c.l1_entries * 8 + cluster_size - 1) >> layer.c.cluster_bits
-        with nogil:
+        with nogil:  # here and below: the source may be one that needs the GIL in another thread
             for cluster in range(layer.c.l1_offset >> layer.c.cluster_bits, end):
                 clusters += refcount_of(&refcounts, cluster) == 1
         self.budget.left -= <int64_t>layer.c.l1_entries * 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from tests.sources.opening import error_of, open_object, opened, refusal
 from tests.support import need
+from tests.support.mounts import REPOSITORY
 from tests.support.nginx import Nginx, nginx
 
 CONTENT = random.Random(7).randbytes((3 << 20) + 17)
@@ -148,3 +150,16 @@ def test_connections_are_kept(server: Nginx) -> None:
             remote.source.read_at(place * 1000, 10)
 
     assert server.connections() <= before + 2
+
+
+def test_commands_that_count_clusters_read_an_image_there(server: Nginx) -> None:
+    """They once waited in C with the GIL for a thread that needed it."""
+    need("qemu-img")
+    for words in ("create -q -f qcow2 IMAGE 1M", "snapshot -c one IMAGE"):
+        words_there = words.replace("IMAGE", str(server.root / "disk.qcow2")).split()
+        subprocess.run(["qemu-img", *words_there], check=True, timeout=60)
+    for verb in ("list", "info"):
+        command = [sys.executable, "-m", "qcowfs", verb, f"{server.base}/disk.qcow2"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
+
+        assert "one" in done.stdout
