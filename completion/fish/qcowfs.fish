@@ -50,8 +50,8 @@ function _shtab_qcowfs_using
   test "$_shtab_qcowfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_qcowfs_commands mount umount list ls cat diff history restore export info map
-set -g _shtab_qcowfs_opts_with_value --all --allow-backing --backing --backing-format --cache-dir --cache-dir-size --cache-size --compression --granularity --image-format --log-file --new-format --since --source-timeout --version --with -O -o
+set -g _shtab_qcowfs_commands mount umount list ls cat diff history restore export info map snapshot
+set -g _shtab_qcowfs_opts_with_value --agent --all --allow-backing --backing --backing-format --cache-dir --cache-dir-size --cache-size --compression --granularity --image-format --log-file --new-format --qmp --since --source-timeout --version --with -O -o
 
 complete -c qcowfs -e
 complete -c qcowfs -f
@@ -71,7 +71,7 @@ complete -c qcowfs -n '_shtab_qcowfs_using mount' -l norecovery -d 'show file sy
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l with -xka "(__fish_complete_path (commandline -ct))" -d 'another disk'"'"'s image, which holds parts of the same LVM volume groups; may be given more than once'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l qmp -x -d 'instead of IMAGE: a running machine'"'"'s disk, by its monitor'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -s f -l foreground -d 'stay in the foreground; Ctrl-C unmounts'
-complete -c qcowfs -n '_shtab_qcowfs_using mount' -s o -x -d 'mount options: allow_backing=DIR|URL|any, allow_other, allow_root, auto_unmount, cache_dir=DIR, cache_dir_size=SIZE, cache_size=SIZE, gid=N, image_format=FORMAT, live, log_file=FILE, no_data_plane, no_lock, nonempty, norecovery, ro, source_timeout=SECONDS, symlinks=raw|contain, uid=N, umask=OCTAL, with=IMAGE'
+complete -c qcowfs -n '_shtab_qcowfs_using mount' -s o -x -d 'mount options: allow_backing=DIR|URL|any, allow_other, allow_root, auto_unmount, cache_dir=DIR, cache_dir_size=SIZE, cache_size=SIZE, gid=N, image_format=FORMAT, live, log_file=FILE, no_data_plane, no_lock, nonempty, norecovery, qmp, ro, source_timeout=SECONDS, symlinks=raw|contain, uid=N, umask=OCTAL, with=IMAGE'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l allow-other -d 'let other users read the mount'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l live -d 'show what another process is writing, too, as it is now'
 complete -c qcowfs -n '_shtab_qcowfs_using mount' -l log-file -xka "(__fish_complete_path (commandline -ct))" -d 'log to FILE instead of syslog'
