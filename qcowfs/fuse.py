@@ -41,6 +41,7 @@ logger = logging.getLogger("qcowfs.fuse")
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+Listing = tuple[Directory, tuple[tuple[bytes, Node], ...]]  # what was in it when it was opened
 
 
 def translated(
@@ -83,7 +84,7 @@ class Operations(pyfuse3.Operations):
         self._handles = handles
         self._opened: dict[int, RawFile | GuestFile] = {}  # by the handle's number
         # Of open directories: the mount's own as they were opened, and those of trees.
-        self._listings: dict[int, tuple[tuple[bytes, Node], ...] | GuestListing] = {}
+        self._listings: dict[int, Listing | GuestListing] = {}
         self._next_listing = 1
         self._looking = trio.CapacityLimiter(MAX_LOOKS)
         self._asking: dict[Guest, trio.CapacityLimiter] = {}
@@ -173,9 +174,9 @@ class Operations(pyfuse3.Operations):
         directory = self._directory(inode)
         if not self._tree.resolved(directory):
             await self._resolve(directory)
-        return self._listed(tuple(self._tree.entries(directory).items()))
+        return self._listed((directory, tuple(self._tree.entries(directory).items())))
 
-    def _listed(self, listing: tuple[tuple[bytes, Node], ...] | GuestListing) -> int:
+    def _listed(self, listing: Listing | GuestListing) -> int:
         self._listings[self._next_listing] = listing
         self._next_listing += 1
         return self._next_listing - 1
@@ -188,8 +189,11 @@ class Operations(pyfuse3.Operations):
         if isinstance(listing, GuestListing):
             await self._readdir_inside(listing, start_id, token)
             return
-        for place in range(start_id, len(listing)):
-            name, node = listing[place]
+        directory, entries = listing
+        for place in range(start_id, len(entries)):
+            name, node = entries[place]
+            if self._tree.lookup(directory, name) is not node:  # gone since; the kernel would remember it for ever
+                continue
             # What may turn out to be nothing is looked up again by whoever enters it.
             settled = not isinstance(node, GuestRoot) or node.guest.resolved
             # `ls` alone must not walk the tables of a thousand snapshots; for `ls -l` the kernel asks again.

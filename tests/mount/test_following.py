@@ -128,6 +128,24 @@ def test_a_name_that_is_used_again_is_another_file(disk: Path, target: Path, pla
     assert log.count("the snapshot was deleted") == 1
 
 
+def test_a_listing_that_is_older_than_what_it_lists_leaves_nothing_behind(
+    disk: Path, target: Path, plane: list[str]
+) -> None:
+    """The kernel remembers for ever what a listing tells it: that must not be what is gone."""
+    with Writer(disk) as writer, mounted(disk, target, *plane, env=told()) as mount:
+        number = os.stat(mount / "first.raw").st_ino
+        with os.scandir(target) as listing:  # it is opened, and nothing was read
+            writer.delete("first")
+            writer.write(2, 0, 4 * MIB)
+            writer.snapshot("first")
+            wait_replaced(mount / "first.raw", number)
+            listed = {entry.name: entry.inode() for entry in listing}
+        found = os.stat(mount / "first.raw").st_ino
+
+    assert found != number
+    assert number not in listed.values()
+
+
 def test_an_overlay_of_a_machine_freezes_the_active_state_and_a_commit_takes_it_away(
     disk: Path, target: Path, tmp_path: Path
 ) -> None:
