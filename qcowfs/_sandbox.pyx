@@ -1,7 +1,7 @@
 # cython: language_level=3
 """Takes every right from the calling process but to compute and to talk over the sockets that it has.
 
-Used by inside and by source/launch.py. Each step works without the others: where the kernel, a container or
+Used by inside, daemon and source/launch.py. Each step works without the others: where the kernel, a container or
 the lack of root withholds one, the rest still holds. There is no way back.
 
 The filter answers EPERM to what a library may ask in good faith (a file that it opens if it is there), and kills for
@@ -23,6 +23,11 @@ def die_with_parent(bytes name):
     """Have the kernel kill this process when the thread that forked it ends; `name` is shown by ps, 15 bytes of it."""
     prctl(PR_SET_PDEATHSIG, <long>SIGKILL, 0, 0, 0)
     prctl(PR_SET_NAME, <char*>name, 0, 0, 0)
+
+
+def hear_of_parents_end(int number):
+    """Have the kernel send this process a signal when the thread that forked it ends; 0: none any more."""
+    prctl(PR_SET_PDEATHSIG, <long>number, 0, 0, 0)
 
 
 def see_only(list descriptors):

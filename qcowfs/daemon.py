@@ -13,8 +13,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
+from qcowfs import _sandbox
 from qcowfs.errors import QcowfsError, printable
 
 __all__ = ["inherited_descriptors", "log_to_file", "run"]
@@ -76,10 +78,11 @@ def run(serve: Callable[[Callable[[], None]], int], *, close: Sequence[int], log
         QcowfsError: the child failed before it was ready, and is gone. Message, hint and exit code are the child's.
     """
     reader, writer = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _run_child(serve, writer, close, log)
+        _run_child(partial(_serve_for, parent, serve), writer, close, log)
     os.close(writer)
     try:
         report = _read_all(reader)
@@ -91,6 +94,14 @@ def run(serve: Callable[[Callable[[], None]], int], *, close: Sequence[int], log
         os.close(reader)
     if report != b"ready":
         raise _failure(report, child)
+
+
+def _serve_for(parent: int, serve: Callable[[Callable[[], None]], int], ready: Callable[[], None]) -> int:
+    """Serve, but for nobody if `parent` is killed before all is ready."""
+    _sandbox.hear_of_parents_end(signal.SIGTERM)
+    if os.getppid() != parent:
+        return 128 + signal.SIGTERM
+    return serve(ready)
 
 
 def _read_all(reader: int) -> bytes:
@@ -146,6 +157,7 @@ class _Child:
         for descriptor in (null, *self._close):
             with suppress(OSError):
                 os.close(descriptor)
+        _sandbox.hear_of_parents_end(0)
         self._say(b"ready")
         self._is_ready = True
 

@@ -529,3 +529,24 @@ def test_ctrl_c_while_it_starts_leaves_nothing(image: Path, target: Path, tmp_pa
     assert b"Traceback" not in said
     assert mountpoint.find(str(target)) is None
     assert str(target) not in shell("ps -eo args= | grep -v grep || true").replace(sys.executable, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_who_is_killed_while_the_image_is_opened_leaves_nothing(
+    image: Path, target: Path, tmp_path: Path, number: int
+) -> None:
+    """The daemon is another process by then, and in a session of its own."""
+    code = (
+        "import time, qcowfs.chain as c\nbefore = c.open_chain\n"
+        f"def late(*args, **words):\n    open({str(tmp_path / 'begun')!r}, 'w').close(); time.sleep(2)\n"
+        f"    open({str(tmp_path / 'went_on')!r}, 'w').close(); return before(*args, **words)\n"
+        "c.open_chain = late\n"
+    )
+    env = {**os.environ, "QCOWFS_TEST_BEFORE": code}
+    with subprocess.Popen([*launcher(), "mount", image, target], env=env, stderr=subprocess.PIPE) as process:
+        wait_until((tmp_path / "begun").exists, "it never began")
+        process.send_signal(number)
+        _, said = process.communicate(timeout=PATIENCE)  # until the last of its processes is gone
+
+    assert (process.returncode, said) == (-number, b"")
+    assert not (tmp_path / "went_on").exists()

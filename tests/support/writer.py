@@ -24,6 +24,7 @@ class Writer:
     def __init__(self, image: Path) -> None:
         self._image = image
         self._process: subprocess.Popen[str] | None = None
+        self._events: list[str] = []  # that came since the last command was sent
 
     def __enter__(self) -> Self:
         drive = f"file={self._image},format=qcow2,if=none,id={DISK},node-name=node0"
@@ -53,12 +54,14 @@ class Writer:
         """Return what a command of QMP returns; "_" stands for "-" in the names of arguments."""
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
         assert self._process is not None and self._process.stdin is not None
+        self._events.clear()
         print(json.dumps({"execute": command, "arguments": words}), file=self._process.stdin, flush=True)
         while True:
             said = self._line()
             assert "error" not in said, (command, said)
             if "return" in said:
                 return said["return"]
+            self._events.append(said.get("event", ""))  # a job may be quicker than the answer
 
     def write(self, pattern: int, offset: int, length: int) -> None:
         """Fill a range of the disk with a byte, down to the image."""
@@ -74,9 +77,9 @@ class Writer:
         self.qmp("blockdev-snapshot-delete-internal-sync", device=DISK, name=name)
 
     def wait_event(self, name: str) -> None:
-        """Wait for an event of QMP's."""
-        while self._line().get("event") != name:
-            pass
+        """Wait for an event of QMP's, which the last command leads to."""
+        while name not in self._events:
+            self._events.append(self._line().get("event", ""))
 
     def _line(self) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None
