@@ -31,6 +31,8 @@ __all__ = ["Follower"]
 
 LOOK_SECONDS = 0.5  # between two looks at images that are written all the time: each takes some 0.1 ms
 POLL_SECONDS = 5.0  # the same where nobody tells of changes: block devices, file systems of other machines
+REST = 4  # times as long as a reload took is none: who changes 65,536 snapshots all the time gets no more of us
+MAX_REST_SECONDS = 60.0
 EVENTS_SIZE = 1 << 16  # bytes of inotify events that are taken, and dropped, at once
 
 logger = logging.getLogger("qcowfs.mount")
@@ -89,12 +91,16 @@ class Follower:
         if self._asked:  # before there was anybody to wake
             self._woken.set()
         while True:
+            took = 0.0
             try:
                 await self._wait_for_change()
+                begun = trio.current_time()
                 await self._reload(forget)
+                took = trio.current_time() - begun
             except Exception:  # the mount lives without it
                 logger.exception("internal error")
                 self._failure = "internal error"
+            await trio.sleep(min(REST * took, MAX_REST_SECONDS))
             with trio.move_on_after(POLL_SECONDS if self._failure else LOOK_SECONDS):
                 await self._woken.wait()
 

@@ -275,7 +275,7 @@ class Tree:
         gone = [name for name in self._points if name not in stay]
         for name in gone:
             self._forget(self.root.entries.pop(name))
-        folders = [name.removesuffix(names.SUFFIX.encode()) for name in gone]
+        folders = dict.fromkeys(name.removesuffix(names.SUFFIX.encode()) for name in gone)
         # A listing in another thread may be going through it.
         dropped, self._folders = self._folders, {k: v for k, v in self._folders.items() if k not in folders}
         for name in folders:

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -440,6 +441,15 @@ class TestFollow:
         assert after is not before
         assert after.place.ino != before.place.ino
         assert {b"s.raw", b"s"} <= set(changed)
+
+    def test_as_many_points_as_there_can_be_go_without_a_search_for_each(self) -> None:
+        def seconds(count: int) -> float:
+            tree = grown([snapshot(b"%d" % number) for number in range(count)])
+            start = time.process_time()
+            tree.follow([], FakeDisks())
+            return time.process_time() - start
+
+        assert seconds(16_000) < 30 * seconds(1_000)  # it would be 256 times as long
 
     def test_changes_are_counted_since_the_point_that_is_before_it_now(self) -> None:
         disks = FakeDisks()
