@@ -9,7 +9,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memset
 
 from qcowfs._core cimport Disk, disk_has_warning, disk_read
-from qcowfs._resolve cimport disk_resolve, resolved_t
+from qcowfs._resolve cimport disk_check, disk_resolve, resolved_t
 from qcowfs._seek cimport holds_data
 from qcowfs._tables cimport NORMAL, LayerMap, fault_t
 
@@ -97,6 +97,15 @@ def stored_runs(Disk disk not None, uint64_t offset, uint64_t length):
         offset += run.mapping.length
         length -= run.mapping.length
     return found
+
+
+def still_holds(Disk disk not None):
+    """Tell whether what was taken of `disk` without reading it, by `stored_runs`, was right until now."""
+    cdef fault_t ignored
+    cdef int status
+    with nogil:
+        status = disk_check(&disk.c, &ignored)
+    return status >= 0
 
 
 @boundscheck(False)  # every unit lies within both buffers: their lengths are compared first

@@ -18,7 +18,7 @@ from qcowfs.export.compression import COMPRESSIONS
 from qcowfs.export.copying import Copy, Report, Unreadable, Writer, merged
 from qcowfs.export.qcow2file import Backing, Qcow2Writer
 from qcowfs.export.rawfile import RawWriter
-from qcowfs.export.sharing import can_share
+from qcowfs.export.sharing import can_share, still_holds
 from qcowfs.export.target import Target, private_mode, require_free
 from qcowfs.snapshot import Point, open_disk, require_unchanged
 
@@ -116,6 +116,8 @@ def export(
         except OSError as error:
             raise _cannot_write(path, copy, error) from error
         require_unchanged([one for one in (point, old) if one is not None])
+        if shared and not still_holds(disk):
+            raise QcowfsError(f"{printable(chain.image)}: another process wrote the image while it was being exported")
         status = os.fstat(target.descriptor)
     return Written(
         path=path,

@@ -11,10 +11,10 @@ import os
 import struct
 from collections.abc import Iterable
 
-from qcowfs._copy import descriptors_of, stored_runs
+from qcowfs._copy import descriptors_of, still_holds, stored_runs
 from qcowfs._core import Disk
 
-__all__ = ["Run", "can_share", "share", "stored_runs"]
+__all__ = ["Run", "can_share", "share", "still_holds", "stored_runs"]
 
 FICLONERANGE = 0x4020940D  # linux/fs.h; where the kernel has another number, it knows no such call
 RANGE = struct.Struct("=qQQQ")  # the source's descriptor, its offset, the length, the offset in the target

@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from qcowfs import cli
 from qcowfs.chain import open_chain
 from qcowfs.cli.points import named_points
 from qcowfs.errors import ReadFault
+from qcowfs.export import copying
 from qcowfs.gate import Policy
 from tests.support import lacking, need
 from tests.support.guests import loop_mounted
@@ -153,3 +155,24 @@ def test_exports_are_what_they_are_elsewhere(place: Path, tmp_path: Path, seed: 
         if code != ReadFault.exit_code:
             assert_is(place / "out.raw", tmp_path / "elsewhere", "raw")
             assert_is(place / "out.qcow2", tmp_path / "elsewhere", "qcow2")
+
+
+@pytest.mark.expect_warnings
+def test_what_is_written_meanwhile_without_a_lock_is_no_export(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, out = filled(place / "image"), place / "out"
+    before = copying.stored_runs
+
+    def written(*words: Any) -> list[tuple[int, int, int]]:
+        with image.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        return before(*words)
+
+    monkeypatch.setattr(copying, "stored_runs", written)
+    code = export("--no-lock", image, "current", out)
+
+    assert code == 1
+    assert "wrote the image" in capfd.readouterr().err
+    assert not out.exists()
