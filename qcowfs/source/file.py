@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["File", "open_file", "remote_file"]
 
 BLOCK = 512  # the unit of st_blocks
+SECOND = 1_000_000_000  # nanoseconds
+COARSE = 2.05  # seconds; FAT counts two of them, ext4 with small inodes one
 TICK = 0.02  # seconds; the clock of Linux' file systems has ticks of 1 to 10 ms, and in one of them all times are equal
 SETTLING = 3  # looks at a file that somebody writes all the time without a lock
 
@@ -58,9 +60,10 @@ class File:
             return self
         status = os.fstat(self.descriptor)
         for _ in range(SETTLING):
-            if stat.S_ISBLK(status.st_mode) or abs(time.time() - status.st_mtime) > TICK:
+            tick = TICK if status.st_mtime_ns % SECOND else COARSE
+            if stat.S_ISBLK(status.st_mode) or abs(time.time() - status.st_mtime) > tick:
                 break
-            time.sleep(TICK)
+            time.sleep(tick)
             status = os.fstat(self.descriptor)
         return replace(self, modified_ns=status.st_mtime_ns)
 

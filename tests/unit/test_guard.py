@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -179,8 +180,29 @@ def test_a_file_that_was_written_just_now_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1")
     file = open_file(os.open(path, os.O_RDONLY), str(path))
-    settled = file.settled().status.st_mtime_ns
+    settled = file.settled().modified_ns
     path.write_bytes(b"2")
     file.close()
 
     assert os.stat(path).st_mtime_ns != settled
+
+
+def test_a_file_whose_time_has_whole_seconds_is_waited_for_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT counts two seconds, ext4 with small inodes one."""
+    path = tmp_path / "file"
+    path.write_bytes(b"1")
+    now = int(time.time())
+    os.utime(path, (now, now))
+    file = open_file(os.open(path, os.O_RDONLY), str(path))
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    file.settled()
+    os.utime(path, (now - 3, now - 3))
+    before = len(slept)
+    file.settled()
+    file.close()
+
+    assert slept[0] >= 2
+    assert len(slept) == before
