@@ -184,6 +184,7 @@ def _plain() -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 class TestPipInstall:
     """Evidence: own fixture; qemu-img made the image."""
 
