@@ -179,7 +179,7 @@ def test_a_file_that_was_written_just_now_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1")
     file = open_file(os.open(path, os.O_RDONLY), str(path))
-    settled = file.settled().status.st_mtime_ns
+    settled = file.settled().modified_ns
     path.write_bytes(b"2")
     file.close()
 
