@@ -26,17 +26,17 @@ setup:  ## install what is missing on this machine, from Debian (as root, or wit
 	@tools/setup
 
 .venv/complete: pyproject.toml tools/venv
-	@tools/venv
+	@CFLAGS="$(WARNINGS) $(CFLAGS)" tools/venv
 
 .PHONY: build
 build: setup .venv/complete build/compiled  ## compile the Cython modules in place, those that changed
 
 # Not cythonize: each of its processes reads pyproject.toml, builds all modules, and now and then copies one while another
-# process does. --force at first, because pip compiled the modules already, without these warnings.
+# process does.
 build/compiled: $(COMPILED_FROM) .venv/complete
 	@mkdir -p build
 	CFLAGS="$(WARNINGS) $(CFLAGS)" $(PROGRAMS)/python -c 'from setuptools import setup; setup()' --quiet \
-		build_ext --inplace --parallel $(JOBS) $(if $(wildcard $@),,--force)
+		build_ext --inplace --parallel $(JOBS)
 	@touch $@
 
 .PHONY: demo

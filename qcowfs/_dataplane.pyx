@@ -13,8 +13,9 @@ import socket
 
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOENT, ENOMEM, ENXIO, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport free, malloc
 from cpython.ref cimport Py_DECREF, Py_INCREF
+from posix.stdlib cimport posix_memalign
 from posix.unistd cimport read, write
 
 from qcowfs._ahead cimport ahead_follow, ahead_start, ahead_stop
@@ -56,6 +57,7 @@ cdef enum:
     REPLY_SIZE = 512 << 10  # bytes; larger than any answer of pyfuse3
     BACKGROUND = 64  # reads ahead that the kernel may have under way; libfuse would say 12
     FIRST_WORKERS = 2
+    PAGE = 4096
 
 logger = logging.getLogger("qcowfs.dataplane")
 
@@ -285,13 +287,14 @@ cdef bint answer_listing(worker_t* worker, const fuse_in_header* request, fuse_r
 
 
 cdef bint have_buffer(worker_t* worker, uint64_t size) noexcept nogil:
-    cdef char* buffer
+    cdef void* buffer
     if worker.buffer_size >= size:
         return True
-    buffer = <char*>realloc(worker.buffer, size)
-    if buffer == NULL:
+    # It begins with a page: malloc begins 16 bytes after one, and some processors copy to there at a third of the speed.
+    if posix_memalign(&buffer, PAGE, size):
         return False
-    worker.buffer = buffer
+    free(worker.buffer)
+    worker.buffer = <char*>buffer
     worker.buffer_size = size
     return True
 

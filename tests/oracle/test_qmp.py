@@ -202,7 +202,6 @@ def test_the_node_of_a_file_is_no_disk(machine: Address) -> None:
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("drive5", "QEMU reads it as vmdk; qcow2, qcow, raw are supported"),
         ("drive6", "a window of a file is not supported"),
         ("drive7", "QEMU reads it as null-co"),
     ],

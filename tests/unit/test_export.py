@@ -220,7 +220,7 @@ class TestRefusals:
                 file.seek(60)
                 file.write(b"\0\0\0\0")
 
-            with pytest.raises(QcowfsError, match="deleted"):
+            with pytest.raises(QcowfsError, match="the snapshot was deleted"):
                 job.export(chain, running, str(out), job.Form(format="raw"))
 
         assert [] == os.listdir(out.parent)
