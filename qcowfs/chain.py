@@ -13,6 +13,7 @@ from types import TracebackType
 
 from qcowfs import filename, limits, qcow1, raw
 from qcowfs._source import Source
+from qcowfs.backingname import SUPPORTED, BackingName, backing_name
 from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage, UsageError, printable
 from qcowfs.filename import FORMATS, FileName
 from qcowfs.gate import Gate, Policy
@@ -31,9 +32,7 @@ Header = qcow2.Header | qcow1.Header
 Snapshots = tuple[SnapshotEntry, ...]
 
 ATTEMPTS = 4  # to read tables that move; a machine that makes snapshots without a break is not to be caught
-SUPPORTED = f"{', '.join(FORMATS)} are supported"
 PROBED = ("qcow2", "qcow", "raw")  # what a backing file may be whose format nobody recorded; a guest may have chosen it
-RAW_ALIASES = ("file", "host_device")  # protocol drivers recorded as a format by old tools: bytes as they are
 
 
 class Chain:
@@ -127,11 +126,13 @@ class _Opener:
     def open_all(self, image: str, image_format: str | None) -> None:
         file = self._open_image(image)
         self._add_layer(file, image_format or self._probe_image(file))
-        while self.layers[-1].backing_name is not None:
+        named = backing_name(self.layers[0], None)
+        while named is not None:
             if len(self.layers) == limits.MAX_CHAIN_DEPTH:
                 why = f"at most {limits.MAX_CHAIN_DEPTH} layers are opened"
                 raise UnsupportedImage(self.layers[0].path, "its chain is too deep", why)
-            self._add_backing(self.layers[-1], self.layers[-1].backing_name)
+            self._add_backing(named)
+            named = backing_name(self.layers[-1], named)
 
     def _open_image(self, image: str) -> File:
         if is_url(image):
@@ -139,13 +140,12 @@ class _Opener:
             return self._held(remote_file(self._gate.open_image_url(url), url))
         return self._held(open_file(self._gate.open_image(image), next(_absolute(image), image)))
 
-    def _add_backing(self, overlay: Layer, name: bytes) -> None:
-        said = filename.parse(name, overlay.path)
-        image_format = _recorded_format(overlay) or said.format
+    def _add_backing(self, named: BackingName) -> None:
+        overlay, said, image_format = named.overlay, named.said, named.format()
         if (said.offset or said.size is not None) and image_format != "raw":
             why = "offset and size need the format raw"
-            raise UnsupportedImage(overlay.path, "its json: name is not supported", why)
-        file = self._open_named(overlay, said, "backing file")
+            raise UnsupportedImage(named.by.path, "its json: name is not supported", why)
+        file = self._open_named(named.by, said, "backing file")
         if image_format is None:
             self._gate.distrust(file.path)
             image_format = self._probe_backing(overlay, file)
@@ -326,18 +326,6 @@ def _same_file(first: str, second: str) -> bool:
         return os.path.samefile(first, second)
     except OSError:
         return False
-
-
-def _recorded_format(overlay: Layer) -> str | None:
-    if overlay.backing_format is None:
-        return None
-    recorded = os.fsdecode(overlay.backing_format)
-    if recorded in RAW_ALIASES:
-        return "raw"
-    if recorded not in FORMATS:
-        what = f"its backing file has the format {printable(recorded)}"
-        raise UnsupportedImage(overlay.path, what, SUPPORTED)
-    return recorded
 
 
 def read_tables(source: Source, image_format: str, *, moving: bool) -> tuple[Header | None, Snapshots]:

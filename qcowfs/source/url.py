@@ -56,9 +56,14 @@ class Url:
 
     @property
     def name(self) -> str:
-        """What the image is called there: the last component of the path; of a LUN, its number and "lun" before."""
+        """What the image is called there: the last component of the path; of a LUN, its number and "lun" before.
+
+        A server's default export has no name: it is called like the server, or like its socket.
+        """
         last = self.path.rstrip("/").rpartition("/")[2]
-        return f"lun{last}" if self.scheme == "iscsi" else last or self.server
+        if self.scheme == "iscsi":
+            return f"lun{last}"
+        return last or self.server or self.words.get("socket", "").rpartition("/")[2]
 
     @property
     def directory(self) -> tuple[str, str, str, str]:

@@ -22,7 +22,7 @@ ROWS = (
     ("export",),
     ("snapshot",),
     ("qmp",),
-    ("chain", "layer"),
+    ("chain", "layer", "backingname"),
     ("gate", "policy", "filename", "jsonname", "remotename"),
     ("qcow2", "qcow1", "raw"),
     ("source", "blockdiff"),
