@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from qcowfs import filename, limits, qcow1, raw
-from qcowfs._source import Source
+from qcowfs._source import Source, descriptor_of
 from qcowfs.backingname import SUPPORTED, BackingName, backing_name
 from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage, UsageError, printable
 from qcowfs.filename import FORMATS, FileName
@@ -53,6 +53,19 @@ class Chain:
         """Close all files, and let go of their locks. Disks of the chain must not be read afterwards."""
         for layer in self.layers:
             layer.close()
+
+    @property
+    def remote(self) -> bool:
+        """Whether reads may wait for a server, or for another process."""
+        return any(descriptor_of(source) is None for layer in self.layers for source in (layer.source, layer.data))
+
+    def break_off(self) -> None:
+        """Make reads fail that wait for a server, and those that come: unlike `close` while there may be some."""
+        for layer in self.layers:
+            for source in (layer.source, layer.data):
+                if descriptor_of(source) is None:
+                    with suppress(OSError):
+                        source.close()
 
     def __enter__(self) -> Chain:
         return self

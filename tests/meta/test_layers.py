@@ -47,7 +47,7 @@ ROWS = (
     ("_iscsi",),
     ("_iscsisession",),
     ("_requests",),
-    ("_cache", "_pysource", "_statuses", "_pool"),
+    ("_cache", "_pysource", "_statuses", "_pool", "_interrupts"),
     ("_source", "_threads", "_reply", "_inotify", "_streams", "_blockfile"),
     ("_answer", "_sandbox"),
     ("_records", "_crc32c"),
