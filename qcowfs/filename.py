@@ -126,7 +126,10 @@ def _from_url(text: str, image: str) -> FileName:
 
 def _unsupported(text: str, why: str, image: str) -> UnsupportedImage:
     # A password in a URL does not belong into a log.
-    shown = parse_url(text).shown if is_url(text) else re.sub(r"//[^/@]*@", "//...@", text)
+    try:
+        shown = parse_url(text).shown
+    except ValueError:
+        shown = re.sub(r"//[^/@]*@", "//...@", text)
     return UnsupportedImage(image, f"it names {printable(shown)}", why)
 
 

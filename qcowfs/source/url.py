@@ -71,6 +71,12 @@ class Url:
         socket = self.words.get("socket", "")
         return self.scheme, self.server, self.path.rpartition("/")[0], socket
 
+    @property
+    def climbs(self) -> bool:
+        """Whether a server may find it in another folder than the URL seems to say, once it has decoded the path."""
+        parts = [unquote(part) for part in self.path.split("/")]
+        return any("/" in part or part == ".." for part in parts)
+
     def beside(self, name: str) -> Url:
         """Return where a relative `name` leads from here, as QEMU joins the two: the query does not go with it."""
         folder = self.path.rpartition("/")[0]
@@ -79,7 +85,7 @@ class Url:
 
     def is_below(self, other: Url) -> bool:
         """Tell whether `other` is this URL, or a folder around it."""
-        if (self.scheme, self.server) != (other.scheme, other.server) or ".." in unquote(self.path).split("/"):
+        if (self.scheme, self.server) != (other.scheme, other.server) or self.climbs:
             return False
         folder = other.path.rstrip("/")
         same_socket = self.words.get("socket", "") == other.words.get("socket", "")

@@ -364,6 +364,15 @@ def test_a_data_file_has_a_plain_name_or_a_url(name: str) -> None:
         parse_data_file_name(name.encode(), IMAGE)
 
 
+@pytest.mark.parametrize("name", [b"file://[x", b"ftp://me:secret@[x"])
+def test_a_name_that_is_no_url_is_a_named_error(name: bytes) -> None:
+    for parser in (parse, parse_data_file_name):
+        if not name.startswith(b"file") or parser is parse_data_file_name:
+            with pytest.raises(QcowfsError) as caught:
+                parser(name, IMAGE)
+            assert "secret" not in str(caught.value)
+
+
 def test_a_data_file_may_be_a_url() -> None:
     found = parse_data_file_name(b"https://h/x.raw", IMAGE).url
 
