@@ -83,6 +83,7 @@ def open_chain(
     lock: bool = True,
     image_format: str | None = None,
     remotes: Remotes | None = None,
+    written: bool = False,
 ) -> Chain:
     """Open `image` and all that it is based on.
 
@@ -92,12 +93,13 @@ def open_chain(
         lock: hold the lock bytes of a QEMU reader, so that nobody changes the image meanwhile.
         image_format: the format of `image`; None: find out.
         remotes: opens what is on servers; None: there is one for this chain alone.
+        written: somebody writes `image`, who was asked: on a server no lock tells.
 
     Raises:
         UsageError: `image` is a URL that makes no sense.
         ImageError: some layer cannot be opened, read or allowed; nothing stays open.
     """
-    opener = _Opener(policy, remotes or Remotes(), lock=lock)
+    opener = _Opener(policy, remotes or Remotes(), lock=lock, written=written)
     try:
         opener.open_all(image, image_format)
     except BaseException:
@@ -121,10 +123,11 @@ def _person_url(text: str) -> Url:
 class _Opener:
     """Opens layer after layer; what it holds is closed by `close` if anything fails."""
 
-    def __init__(self, policy: Policy, remotes: Remotes, *, lock: bool) -> None:
+    def __init__(self, policy: Policy, remotes: Remotes, *, lock: bool, written: bool) -> None:
         self._gate = Gate(policy, remotes)
         self._remotes = remotes
         self._lock = lock
+        self._written = written
         self._loose: list[File] = []  # opened, and not part of a layer yet
         self._seen: dict[Hashable, Layer] = {}  # files that were opened as qcow2 or qcow
         self.layers: list[Layer] = []
@@ -288,6 +291,8 @@ class _Opener:
         """Tell whether another process writes `file`, and whether none can, or what replaces it would be noticed."""
         path = printable(file.path)
         if file.descriptor is None:
+            if self._written and not self.layers:
+                return True, False
             if not file.versioned:
                 self.warnings.append(f"{path}: its server has no locks: nobody can tell whether it is being written")
             return False, file.versioned
