@@ -163,3 +163,21 @@ def test_a_chain_that_a_name_makes_endless_is_refused(place: Path, capsys: pytes
 
     assert cli.main(["list", str(top)]) == 11
     assert "its backing chain never ends" in capsys.readouterr().err
+
+
+@pytest.mark.expect_warnings
+def test_a_password_in_a_name_is_not_told(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libnbd takes no password; what an image holds is shown all the same, and so is what cannot be opened."""
+    top = place / "top.qcow2"
+    with served(place, place / "base.qcow2") as (mid, _):
+        for name in (
+            f"nbd+unix://me:secret@/mid?socket={mid}",
+            f'json:{{"driver":"nbd","filename":"nbd://me:secret@h/{mid}"}}',
+        ):
+            qemu("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "raw", top, SIZE)
+            for words in (["list"], ["info"], ["info", "--json"], ["info", "--allow-backing", "any"]):
+                cli.main([*words, str(top)])
+
+    said = capfd.readouterr()
+    assert "...@" in said.out + said.err
+    assert "secret" not in said.out + said.err
