@@ -6,12 +6,13 @@ from qcowfs._ahead cimport ahead_t
 from qcowfs._handles cimport Handles, handles_t
 from qcowfs._nodes cimport Nodes
 from qcowfs._threads cimport thread_t
+from qcowfs._interrupts cimport MOST_HOLDERS, interrupts_t
 from qcowfs._treeplane cimport treeplane_t
 from qcowfs.clib.pthread cimport pthread_mutex_t
 
 
 cdef enum:
-    MOST_WORKERS = 32
+    MOST_WORKERS = MOST_HOLDERS  # more than the kernel reads ahead at once: some are left for others
 
 
 cdef struct worker_t:
@@ -26,6 +27,7 @@ cdef struct plane_t:
     int device  # the FUSE device
     int socket  # our end of the pair whose other end pyfuse3 takes for the device
     int ended  # an eventfd: the mount is gone
+    interrupts_t interrupts
     uint32_t stopping  # atomic
     uint32_t idle  # atomic; workers that wait for a request
     uint64_t init_unique  # atomic; of FUSE_INIT, until it is answered; 0: none

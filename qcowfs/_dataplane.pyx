@@ -23,6 +23,7 @@ from qcowfs._core cimport disk_has_warning, disk_read
 from qcowfs._handles cimport (
     Handles, handle_end, handle_read, handle_report, handle_t, handle_warn, handles_put, handles_take,
 )
+from qcowfs._interrupts cimport interrupts_answer, interrupts_hold, interrupts_pass_on
 from qcowfs._mapped cimport mapped_has_warning, mapped_read, mapped_seek
 from qcowfs._nodes cimport Nodes
 from qcowfs._reply cimport device_reply
@@ -71,10 +72,13 @@ cdef class DataPlane:
         nodes: what is known of the inodes of trees.
         workers: threads at most that answer requests; there are as many as are ever busy at once.
         helpers: threads that decompress ahead.
+        interruptible: requests may take long, so that a signal ends them. Where they do not, it does not: many programs
+            do not expect EINTR from a file.
     """
 
     def __cinit__(
-            self, int session_fd, Handles handles not None, Nodes nodes not None, uint32_t workers, uint32_t helpers):
+            self, int session_fd, Handles handles not None, Nodes nodes not None, uint32_t workers, uint32_t helpers,
+            bint interruptible=False):
         self.handles = handles
         self.nodes = nodes
         self.session_fd = session_fd
@@ -84,6 +88,7 @@ cdef class DataPlane:
         self.c.trees.handles = &self.handles.c
         self.c.trees.nodes = &self.nodes.c
         self.c.trees.most_waiting = self.c.most // 2
+        self.c.interrupts.wanted = interruptible
         self.helpers = helpers
 
     def fileno(self):
@@ -211,6 +216,7 @@ cdef void work(void* argument) noexcept nogil:
         if atomic_subtract(&plane.idle, 1) == 0 and got > 0 and atomic_load(&plane.running) < plane.most:
             add_worker(plane)
         if got >= <Py_ssize_t>sizeof(fuse_in_header):
+            interrupts_hold(&plane.interrupts, <uint32_t>(worker - plane.workers), <fuse_in_header*>worker.request)
             answer(worker, <fuse_in_header*>worker.request, <size_t>got)
         elif got < 0 and errno != EINTR and errno != EAGAIN and errno != ENOENT:  # ENOENT: it was interrupted just now
             eventfd_write(plane.ended, 1)  # ENODEV: unmounted; ECONNABORTED: aborted by a person
@@ -225,7 +231,8 @@ cdef void answer(worker_t* worker, fuse_in_header* request, size_t length) noexc
     elif request.opcode == FUSE_LSEEK and length >= sizeof(fuse_in_header) + sizeof(fuse_lseek_in):
         if answer_seek(plane, request, <fuse_lseek_in*>(request + 1)):
             return
-    elif request.opcode == FUSE_INTERRUPT:  # may be ignored, says the protocol; pyfuse3 does not know all requests
+    elif request.opcode == FUSE_INTERRUPT:  # pyfuse3 does not know all requests
+        interrupts_answer(&plane.interrupts, plane.device, request, length)
         return
     elif request.opcode == FUSE_INIT:
         atomic_store_64(&plane.init_unique, request.unique)
@@ -235,6 +242,7 @@ cdef void answer(worker_t* worker, fuse_in_header* request, size_t length) noexc
             return
     elif tree_answer(&plane.trees, request, length):
         return
+    interrupts_pass_on(&plane.interrupts, request)
     while send(plane.socket, request, length, MSG_NOSIGNAL) < 0:
         if errno != EINTR:  # no memory, say: who asked would wait for ever; where nobody did, the kernel drops it
             device_reply(plane.device, request, EIO, NULL, 0)

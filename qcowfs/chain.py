@@ -12,7 +12,8 @@ from contextlib import suppress
 from types import TracebackType
 
 from qcowfs import filename, limits, qcow1, raw
-from qcowfs._source import Source
+from qcowfs._source import Source, descriptor_of
+from qcowfs.backingname import SUPPORTED, BackingName, backing_name
 from qcowfs.errors import CorruptImage, NotAnImage, SourceError, UnsupportedImage, UsageError, printable
 from qcowfs.filename import FORMATS, FileName
 from qcowfs.gate import Gate, Policy
@@ -31,9 +32,7 @@ Header = qcow2.Header | qcow1.Header
 Snapshots = tuple[SnapshotEntry, ...]
 
 ATTEMPTS = 4  # to read tables that move; a machine that makes snapshots without a break is not to be caught
-SUPPORTED = f"{', '.join(FORMATS)} are supported"
 PROBED = ("qcow2", "qcow", "raw")  # what a backing file may be whose format nobody recorded; a guest may have chosen it
-RAW_ALIASES = ("file", "host_device")  # protocol drivers recorded as a format by old tools: bytes as they are
 
 
 class Chain:
@@ -55,6 +54,19 @@ class Chain:
         for layer in self.layers:
             layer.close()
 
+    @property
+    def remote(self) -> bool:
+        """Whether reads may wait for a server, or for another process."""
+        return any(descriptor_of(source) is None for layer in self.layers for source in (layer.source, layer.data))
+
+    def break_off(self) -> None:
+        """Make reads fail that wait for a server, and those that come: unlike `close` while there may be some."""
+        for layer in self.layers:
+            for source in (layer.source, layer.data):
+                if descriptor_of(source) is None:
+                    with suppress(OSError):
+                        source.close()
+
     def __enter__(self) -> Chain:
         return self
 
@@ -71,6 +83,7 @@ def open_chain(
     lock: bool = True,
     image_format: str | None = None,
     remotes: Remotes | None = None,
+    written: bool = False,
 ) -> Chain:
     """Open `image` and all that it is based on.
 
@@ -80,12 +93,13 @@ def open_chain(
         lock: hold the lock bytes of a QEMU reader, so that nobody changes the image meanwhile.
         image_format: the format of `image`; None: find out.
         remotes: opens what is on servers; None: there is one for this chain alone.
+        written: somebody writes `image`, who was asked: on a server no lock tells.
 
     Raises:
         UsageError: `image` is a URL that makes no sense.
         ImageError: some layer cannot be opened, read or allowed; nothing stays open.
     """
-    opener = _Opener(policy, remotes or Remotes(), lock=lock)
+    opener = _Opener(policy, remotes or Remotes(), lock=lock, written=written)
     try:
         opener.open_all(image, image_format)
     except BaseException:
@@ -109,10 +123,11 @@ def _person_url(text: str) -> Url:
 class _Opener:
     """Opens layer after layer; what it holds is closed by `close` if anything fails."""
 
-    def __init__(self, policy: Policy, remotes: Remotes, *, lock: bool) -> None:
+    def __init__(self, policy: Policy, remotes: Remotes, *, lock: bool, written: bool) -> None:
         self._gate = Gate(policy, remotes)
         self._remotes = remotes
         self._lock = lock
+        self._written = written
         self._loose: list[File] = []  # opened, and not part of a layer yet
         self._seen: dict[Hashable, Layer] = {}  # files that were opened as qcow2 or qcow
         self.layers: list[Layer] = []
@@ -127,11 +142,13 @@ class _Opener:
     def open_all(self, image: str, image_format: str | None) -> None:
         file = self._open_image(image)
         self._add_layer(file, image_format or self._probe_image(file))
-        while self.layers[-1].backing_name is not None:
+        named = backing_name(self.layers[0], None)
+        while named is not None:
             if len(self.layers) == limits.MAX_CHAIN_DEPTH:
                 why = f"at most {limits.MAX_CHAIN_DEPTH} layers are opened"
                 raise UnsupportedImage(self.layers[0].path, "its chain is too deep", why)
-            self._add_backing(self.layers[-1], self.layers[-1].backing_name)
+            self._add_backing(named)
+            named = backing_name(self.layers[-1], named)
 
     def _open_image(self, image: str) -> File:
         if is_url(image):
@@ -139,13 +156,12 @@ class _Opener:
             return self._held(remote_file(self._gate.open_image_url(url), url))
         return self._held(open_file(self._gate.open_image(image), next(_absolute(image), image)))
 
-    def _add_backing(self, overlay: Layer, name: bytes) -> None:
-        said = filename.parse(name, overlay.path)
-        image_format = _recorded_format(overlay) or said.format
+    def _add_backing(self, named: BackingName) -> None:
+        overlay, said, image_format = named.overlay, named.said, named.format()
         if (said.offset or said.size is not None) and image_format != "raw":
             why = "offset and size need the format raw"
-            raise UnsupportedImage(overlay.path, "its json: name is not supported", why)
-        file = self._open_named(overlay, said, "backing file")
+            raise UnsupportedImage(named.by.path, "its json: name is not supported", why)
+        file = self._open_named(named.by, said, "backing file")
         if image_format is None:
             self._gate.distrust(file.path)
             image_format = self._probe_backing(overlay, file)
@@ -275,6 +291,8 @@ class _Opener:
         """Tell whether another process writes `file`, and whether none can, or what replaces it would be noticed."""
         path = printable(file.path)
         if file.descriptor is None:
+            if self._written and not self.layers:
+                return True, False
             if not file.versioned:
                 self.warnings.append(f"{path}: its server has no locks: nobody can tell whether it is being written")
             return False, file.versioned
@@ -326,18 +344,6 @@ def _same_file(first: str, second: str) -> bool:
         return os.path.samefile(first, second)
     except OSError:
         return False
-
-
-def _recorded_format(overlay: Layer) -> str | None:
-    if overlay.backing_format is None:
-        return None
-    recorded = os.fsdecode(overlay.backing_format)
-    if recorded in RAW_ALIASES:
-        return "raw"
-    if recorded not in FORMATS:
-        what = f"its backing file has the format {printable(recorded)}"
-        raise UnsupportedImage(overlay.path, what, SUPPORTED)
-    return recorded
 
 
 def read_tables(source: Source, image_format: str, *, moving: bool) -> tuple[Header | None, Snapshots]:

@@ -23,6 +23,7 @@ FORMATS = ("qcow2", "qcow", "raw", *foreignformat.FORMATS)
 LOCAL_PROTOCOLS = ("file", "host_device")
 JSON = "json:"
 SECTOR = 512
+BACKING = "backing."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class FileName:
         format: the driver that a json: name asks for, None if it asks for none.
         offset, size: the window of the raw driver, in bytes; size None: up to the end.
         alone: its own backing file is not to be opened ("backing": null).
+        backing: what is its backing file, whatever its header says; None: what the header says. An empty name there
+            says of the header's own file how it is read.
     """
 
     path: str
@@ -45,6 +48,21 @@ class FileName:
     offset: int = 0
     size: int | None = None
     alone: bool = False
+    backing: FileName | None = None
+
+    def over(self, header: FileName) -> FileName:
+        """Return what this, the name of a backing file in a json: name, makes of what the overlay's header says."""
+        if self.path or self.url:
+            return self
+        return replace(
+            self,
+            path=header.path,
+            url=header.url,
+            relative_to_image=header.relative_to_image,
+            format=self.format or header.format,
+            alone=self.alone or (self.backing is None and header.alone),
+            backing=self.backing or (None if self.alone else header.backing),
+        )
 
 
 def parse(name: bytes, image: str) -> FileName:
@@ -108,7 +126,10 @@ def _from_url(text: str, image: str) -> FileName:
 
 def _unsupported(text: str, why: str, image: str) -> UnsupportedImage:
     # A password in a URL does not belong into a log.
-    shown = parse_url(text).shown if is_url(text) else re.sub(r"//[^/@]*@", "//...@", text)
+    try:
+        shown = parse_url(text).shown
+    except ValueError:
+        shown = re.sub(r"//[^/@]*@", "//...@", text)
     return UnsupportedImage(image, f"it names {printable(shown)}", why)
 
 
@@ -127,25 +148,35 @@ def _bad(why: str, image: str) -> CorruptImage:
 
 
 class _Options:
-    """The options of a json: name, taken one after the other; what is left in the end is not supported."""
+    """The options of a json: name, taken one after the other; what is left in the end is not supported.
 
-    def __init__(self, options: dict[str, Any], image: str) -> None:
+    Args:
+        options: by their dotted names; emptied.
+        prefix: of their names, for messages: they are those of a backing file.
+    """
+
+    def __init__(self, options: dict[str, Any], image: str, prefix: str = "") -> None:
         self._left = options
         self._image = image
+        self._prefix = prefix
 
     def file_name(self) -> FileName:
+        alone, backing = self._without_backing(), self._backing()
         driver = self._format()
+        if backing and (alone or driver == "raw"):
+            raise self._refused(f"the option {self._prefix}backing")
         offset, size = (self._number(key) if driver == "raw" else None for key in ("offset", "size"))
-        alone = self._without_backing()
         where = self._place()
         if self._left:
-            raise self._refused(f"the option {printable(min(self._left))}")
+            raise self._refused(f"the option {self._prefix}{printable(min(self._left))}")
         if size is not None and size % SECTOR:
-            raise _bad(f"size is {size}, a multiple of {SECTOR} was expected", self._image)
-        return replace(where, format=driver, offset=offset or 0, size=size, alone=alone)
+            raise _bad(f"{self._prefix}size is {size}, a multiple of {SECTOR} was expected", self._image)
+        return replace(where, format=driver, offset=offset or 0, size=size, alone=alone, backing=backing)
 
     def _place(self) -> FileName:
-        """Take the protocol and its options: where the file is."""
+        """Take the protocol and its options: where the file is. Of a backing file its overlay may say that."""
+        if self._prefix and not any(key.startswith("file.") for key in self._left):
+            return FileName(path="")
         protocol = self._left.pop("file.driver", "file")
         if protocol in remotename.DRIVERS:
             options = {key: self._left.pop(key) for key in [*self._left] if key.startswith("file.")}
@@ -182,11 +213,19 @@ class _Options:
         raise _bad(f"{key} is {printable(str(value)[:40])}", self._image)
 
     def _without_backing(self) -> bool:
-        """`"backing": null` is the one thing that may be said of it; another backing file may not be put in here."""
+        """Take `"backing": null`; the name of a node of QEMU's, which it may be as well, means nothing here."""
         if self._left.get("backing", ...) is None:
             del self._left["backing"]
             return True
         return False
+
+    def _backing(self) -> FileName | None:
+        """Take the options of its backing file: QEMU writes them where that is another one than the header says."""
+        if self._prefix.count(BACKING) > limits.MAX_JSON_DEPTH:
+            raise _bad("nested too deep", self._image)
+        options = {key: self._left.pop(key) for key in [*self._left] if key.startswith(BACKING)}
+        options = {key.removeprefix(BACKING): value for key, value in options.items()}
+        return _Options(options, self._image, self._prefix + BACKING).file_name() if options else None
 
     def _refused(self, what: str) -> UnsupportedImage:
         return UnsupportedImage(

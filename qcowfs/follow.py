@@ -1,7 +1,7 @@
 """A mount follows its images: what happens to them is noticed, and the tree is made to show it.
 
 Used by mount.py. `Follower.ask` and `Follower.hint` are for any thread; all else runs in trio, with what may block in
-worker threads, one at a time. docs/decisions/0010-following.md has the reasons.
+worker threads, one at a time. docs/decisions/0011-following.md has the reasons.
 """
 
 from __future__ import annotations
@@ -73,6 +73,11 @@ class Follower:
         if self._token is not None:
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._wake)
+
+    def break_off(self) -> None:
+        """Make all reads that wait for a server fail, and all that come: the mount is at its end. Any thread."""
+        for chain in self._chains:
+            chain.break_off()
 
     def _wake(self) -> None:
         if self._woken is not None:

@@ -103,12 +103,13 @@ class Gate:
         name = _Name(url.shown, url.shown, named_by, role)
         if "?" in url.text and url.words.keys() - {"socket"}:
             raise name.refused("a URL in an image has no options")  # they name local files, and users
-        if not self._policy.covers_url(url):
+        allowed = self._policy.covers_url(url)
+        if not allowed:
             if self._guessed is not None:
                 raise name.refused(self._why_guessed(), allowed_by=url.shown)
-            if url.directory not in self._servers:
+            if url.directory not in self._servers or url.climbs:
                 raise name.refused("it lies outside the folders of the image's layers", allowed_by=url.shown)
-        return self._remotes.open(url)
+        return self._remotes.open(url, confined=not allowed)
 
     def open_named_file(self, path: str, *, named_by: str, role: str) -> int:
         """Open what an image names; returns a descriptor. Everything that an image names comes through here.

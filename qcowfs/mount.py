@@ -42,6 +42,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 READ_AHEAD_KIB = 1024  # of the mount, if root mounts: two of the largest READs; the kernel's default is 128
 MAX_WORKERS = 16  # of the data plane; each has a buffer of 512 KiB at most
+MAX_WAITING_WORKERS = 96  # the same where they may wait for servers, which takes no processor
 MAX_HELPERS = 3  # that decompress ahead: so many cores one reader can keep busy
 MAX_TASKS = 99  # requests that pyfuse3 has under way at once, as it has by itself; all but a few wait for something
 RETIRE_SECONDS = 30.0  # between two looks at which workers of trees are idle
@@ -105,6 +106,7 @@ class Session:
         occupied: bytes that the chain takes on the host, for statfs.
         obey_hangup: SIGHUP is an order to stop if there was a terminal, and it is gone (a foreground process).
         follower: keeps the tree up to date; None: it stays as it is.
+        remote: reads may wait for servers.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Session:
         occupied: int = 0,
         obey_hangup: bool = False,
         follower: Follower | None = None,
+        remote: bool = False,
     ) -> None:
         self._tree = tree
         self._image = image
@@ -124,6 +127,7 @@ class Session:
         self._options = options
         self._occupied = occupied
         self._follower = follower
+        self._remote = remote
         self._kernel_cache: KernelCache | None = None
         # Of this process; None: it has none, or does not care.
         self._terminal = next((number for number in range(3) if obey_hangup and os.isatty(number)), None)
@@ -209,7 +213,14 @@ class Session:
 
         cores = len(os.sched_getaffinity(0))
         workers, helpers = min(2 * cores, MAX_WORKERS), min(cores - 1, MAX_HELPERS)
-        plane = DataPlane(descriptor, handles, self._tree.guests.nodes, workers=workers, helpers=helpers)
+        plane = DataPlane(
+            descriptor,
+            handles,
+            self._tree.guests.nodes,
+            workers=MAX_WAITING_WORKERS if self._remote else workers,
+            helpers=helpers,
+            interruptible=self._remote,
+        )
         try:
             plane.start()
         except (OSError, MemoryError) as error:
@@ -269,6 +280,7 @@ class Session:
         import trio
 
         await trio.lowlevel.wait_readable(plane.fileno())
+        await self._break_off()  # its tasks may be waiting, too
         pyfuse3.terminate()
 
     async def _announce(self, ready: Callable[[], None]) -> None:
@@ -292,9 +304,17 @@ class Session:
             if self._stopping:
                 self._forced_by = number
                 pyfuse3.terminate()
+                await self._break_off()
                 return
             self._stopping = True
             nursery.start_soon(self._stop)
+
+    async def _break_off(self) -> None:
+        """Let reads fail that wait for a server: nobody is there any more who wants them, or nobody is to wait."""
+        import trio
+
+        if self._follower is not None:
+            await trio.to_thread.run_sync(self._follower.break_off, abandon_on_cancel=True)
 
     def _hung_up(self) -> bool:
         return self._terminal is not None and not os.isatty(self._terminal)

@@ -84,6 +84,7 @@ def _iscsi(options: dict[str, Any]) -> str:
         raise ValueError("a transport other than tcp")
     portal, target = _text(options, "portal"), _text(options, "target")
     user = _text(options, "user", "")
+    options.pop("password-secret", None)  # an object of that QEMU; here the environment has the password
     return f"iscsi://{f'{user}@' if user else ''}{portal}/{target}/{_text(options, 'lun', '0')}"
 
 

@@ -253,7 +253,7 @@ def has_moved(layer: Layer) -> bool:
 def _guards(layer: Layer, entry: SnapshotEntry | None = None) -> list[Guard]:
     """Return what to check after a read of `layer`, in its active state or in that of a snapshot.
 
-    docs/decisions/0010-following.md says what this proves. A source that is no file of this machine has no guard of
+    docs/decisions/0011-following.md says what this proves. A source that is no file of this machine has no guard of
     its active state.
     """
     if layer.held:

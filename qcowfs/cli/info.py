@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from qcowfs import limits
@@ -25,6 +26,9 @@ examples:
 
 See qcowfs-info(1).
 """
+
+# User and password in a URL, also in one that stands in a json: name; a URL in an image has no other secrets.
+_USER = re.compile(rb"(://)[^/?#@\"]*@")
 
 SNAPSHOT_COLUMNS = ("ID", "TAG", "VM STATE", "DATE", "VM CLOCK", "VIRTUAL SIZE", "OWN")
 SNAPSHOT_NUMBERS = (2, 5, 6)
@@ -66,7 +70,7 @@ def _layer(chain: Chain, layer: Layer, sizes: Sizes) -> dict[str, Any]:
     if layer.header is not None:
         facts |= {"cluster-size": layer.header.cluster_size, "encrypted": layer.header.encrypted}
     if layer.backing_name is not None:
-        facts |= output.image_text("backing-filename", layer.backing_name)
+        facts |= output.image_text("backing-filename", _USER.sub(rb"\1...@", layer.backing_name))
         facts["full-backing-filename"] = output.path_text(chain.layers[layer.depth + 1].path)
     if layer.backing_format is not None:
         facts |= output.image_text("backing-filename-format", layer.backing_format)

@@ -11,9 +11,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from qcowfs.chain import Chain, open_chain
+from qcowfs.chain import Chain, open_chain, shown_name
 from qcowfs.cli import output
-from qcowfs.errors import printable
+from qcowfs.cli.options import remotes_of
+from qcowfs.errors import UsageError, printable
 from qcowfs.gate import load_policy
 from qcowfs.qmp.address import Address, parse_address
 from qcowfs.qmp.agent import frozen
@@ -43,8 +44,8 @@ def take_device(args: argparse.Namespace) -> DeviceFiles | None:
             _print_devices(devices(monitor))
             return None
         files = _files(monitor, word)
-    args.image, args.image_format = files.path, files.format
-    args.allow_backing = [*args.allow_backing, *files.vouched]
+    args.image, args.image_format, args.written = files.path, files.format, not files.device.read_only
+    args.allow_backing = [*args.allow_backing, *files.vouched, *(url.text for url in files.vouched_urls)]
     return files
 
 
@@ -54,8 +55,13 @@ def reopener(args: argparse.Namespace, device: DeviceFollower) -> Callable[[], C
 
     def reopen() -> Chain:
         files = device.files
-        allowed = replace(policy, allow=(*policy.allow, *files.vouched))
-        opened = open_chain(files.path, allowed, lock=False, image_format=files.format)
+        urls = (*policy.allow_urls, *files.vouched_urls)
+        allowed = replace(policy, allow=(*policy.allow, *files.vouched), allow_urls=urls)
+        remotes = remotes_of(args)
+        written = not files.device.read_only
+        opened = open_chain(
+            files.path, allowed, lock=False, image_format=files.format, remotes=remotes, written=written
+        )
         try:
             require_same(files, opened)
         except BaseException:
@@ -96,7 +102,7 @@ def _print_devices(found: Sequence[Device]) -> None:
 def print_chain(files: DeviceFiles) -> None:
     """Print a table of the images of a chain, from the one that is written to the base."""
     rows = [
-        [str(depth), printable(image.format), str(len(image.snapshots)), printable(image.name)]
+        [str(depth), printable(image.format), str(len(image.snapshots)), printable(_shown(image.name))]
         for depth, image in enumerate(files.device.images)
     ]
     output.print_table(CHAIN, rows, right=(0, 2))
@@ -121,6 +127,14 @@ def chain_document(files: DeviceFiles) -> dict[str, Any]:
     }
 
 
+def _shown(name: str) -> str:
+    """Return QEMU's name for an image without a URL's secrets."""
+    try:
+        return shown_name(name)
+    except UsageError:
+        return name
+
+
 def _row(device: Device) -> list[str]:
     top = device.images[0]
     return [
@@ -129,5 +143,5 @@ def _row(device: Device) -> list[str]:
         printable(top.format),
         output.human_size(top.virtual_size),
         str(len(device.images)),
-        printable(top.name),
+        printable(_shown(top.name)),
     ]

@@ -165,6 +165,7 @@ def _serve(
             occupied=sum(layer.disk_size for layer in chain.layers),
             obey_hangup=args.foreground,
             follower=Follower(chains, reopen, tree, disks),
+            remote=any(opened.remote for opened in chains),
         )
         return serve(session, tree)
 

@@ -21,6 +21,7 @@ __all__ = [
     "add_json_option",
     "add_opening_options",
     "open_chain",
+    "remotes_of",
     "reopener",
 ]
 
@@ -95,14 +96,19 @@ def open_chain(args: argparse.Namespace, other: str | None = None, *, other_form
     policy = gate.load_policy(args.allow_backing)
     image, image_format = (args.image, args.image_format) if other is None else (other, other_format)
     opened = chain.open_chain(
-        image, policy, lock=not args.no_lock, image_format=image_format, remotes=_remotes_of(args)
+        image,
+        policy,
+        lock=not args.no_lock,
+        image_format=image_format,
+        remotes=remotes_of(args),
+        written=other is None and getattr(args, "written", False),
     )
     for warning in opened.warnings:
         logger.warning("%s", warning)
     return opened
 
 
-def _remotes_of(args: argparse.Namespace) -> Remotes:
+def remotes_of(args: argparse.Namespace) -> Remotes:
     """Return what opens URLs as `args` say: one for all images of a command, which share its caches."""
     if "remotes" not in args:
         args.remotes = Remotes(_remote_settings(args))
@@ -148,7 +154,7 @@ def reopener(
     formats = [args.image_format, *([None] * (len(opened) - 1))]
     words = [found.layers[0].url.text if found.layers[0].url else found.layers[0].path for found in opened]
     openers = [
-        partial(chain.open_chain, word, policy, lock=False, image_format=image_format, remotes=_remotes_of(args))
+        partial(chain.open_chain, word, policy, lock=False, image_format=image_format, remotes=remotes_of(args))
         for word, image_format in zip(words, formats, strict=True)
     ]
 

@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 cdef extern from "<linux/fuse.h>" nogil:
     enum:
         FUSE_FORGET
+        FUSE_LOOKUP
         FUSE_GETATTR
         FUSE_OPEN
         FUSE_READ
@@ -97,6 +98,9 @@ cdef extern from "<linux/fuse.h>" nogil:
     struct fuse_getxattr_out:
         uint32_t size
         # ...
+
+    struct fuse_interrupt_in:
+        uint64_t unique  # of the request that is not wanted any more
 
     struct fuse_read_in:  # of READ, READDIR and READDIRPLUS
         uint64_t fh

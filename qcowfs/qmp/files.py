@@ -12,12 +12,13 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass
 
-from qcowfs import jsonname
+from qcowfs import filename, jsonname
 from qcowfs.chain import FORMATS, Chain
-from qcowfs.errors import MonitorError, UnsupportedImage, printable
+from qcowfs.errors import ImageError, MonitorError, UnsupportedImage, printable
 from qcowfs.filename import LOCAL_PROTOCOLS
 from qcowfs.qmp.address import Address
 from qcowfs.qmp.devices import Device, Image
+from qcowfs.source.url import Url
 
 __all__ = ["DeviceFiles", "locate", "require_same"]
 
@@ -35,10 +36,11 @@ class DeviceFiles:
     Attributes:
         address: of the monitor that told it.
         device: what it told.
-        path: of the image on top, absolute.
+        path: of the image on top, absolute; its URL where QEMU has it from a server.
         format: of it, one of FORMATS.
         identities: of the file of each image, None where QEMU's name for it leads nowhere.
         vouched: real paths of the files of the chain that QEMU has open, as the kernel says: images may name them.
+        vouched_urls: the images of the chain that QEMU has from servers, by QEMU's own word; nobody else can tell.
     """
 
     address: Address
@@ -47,6 +49,7 @@ class DeviceFiles:
     format: str
     identities: tuple[Identity | None, ...]
     vouched: tuple[str, ...]
+    vouched_urls: tuple[Url, ...] = ()
 
 
 def locate(address: Address, device: Device, process: int | None) -> DeviceFiles:
@@ -63,8 +66,10 @@ def locate(address: Address, device: Device, process: int | None) -> DeviceFiles
     if top.format not in FORMATS:
         why = f"QEMU reads it as {printable(top.format)}; {', '.join(FORMATS)} are supported"
         raise UnsupportedImage(top.name, f"the image of {printable(device.word)}", why)
-    path = _place(address, top, process)
-    _require_held(address, path, held)
+    url = _url(top)
+    path = url.text if url else _place(address, top, process)
+    if url is None:
+        _require_held(address, path, held)
     places = [_found(address, image, process) for image in device.images]
     return DeviceFiles(
         address=address,
@@ -73,7 +78,17 @@ def locate(address: Address, device: Device, process: int | None) -> DeviceFiles
         format=top.format,
         identities=tuple(place and place[1] for place in places),
         vouched=tuple(place[0] for place in places if place and held is not None and place[1] in held),
+        vouched_urls=tuple(found for image in device.images if (found := _url(image))),
     )
+
+
+def _url(image: Image) -> Url | None:
+    """Return where an image is on a server; None if it is on none that qcowfs knows."""
+    try:
+        said = filename.parse(os.fsencode(image.name), image.name)
+    except ImageError:
+        return None
+    return said.url if not said.offset and said.size is None else None
 
 
 def _found(address: Address, image: Image, process: int | None) -> tuple[str, Identity] | None:

@@ -39,7 +39,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         UnsupportedImage: the library for this protocol is not installed.
     """
     try:
-        transport = _transport(url, settings.patience)
+        transport = _transport(url, settings)
         requester = Requester(transport, settings.patience)
         try:
             content = requester.get(0, 1, None, impatient=True).content
@@ -59,14 +59,17 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
     return Remote(source=source, version=content.version, modified_ns=modified_ns)
 
 
-def _transport(url: Url, patience: float) -> Transport:
+def _transport(url: Url, settings: RemoteSettings) -> Transport:
     if url.scheme in ("http", "https"):
         from qcowfs.source.web import Web
 
-        return Web(url, patience)
+        try:
+            return Web(url, settings.patience, confined=settings.confined)
+        except ValueError:
+            raise Failure("http://HOST[:PORT]/PATH was expected", errno=errno.EINVAL) from None
     from qcowfs.source.buckets import open_bucket
 
-    return open_bucket(url, patience)
+    return open_bucket(url, settings.patience)
 
 
 class _ObjectSource(PythonSource):

@@ -47,11 +47,13 @@ class RemoteSettings:
 
     Attributes:
         patience: seconds that one read, or opening, waits for a server that does not answer, until it is an error.
+        confined: the URL is an image's word, and no person allowed it: it leads to no other host.
         cache_directory: where blocks are kept from one mount to the next, None: nowhere.
         cache_directory_size: bytes that they may take there, of all images together.
     """
 
     patience: float = limits.DEFAULT_PATIENCE
+    confined: bool = False
     cache_directory: str | None = None
     cache_directory_size: int = limits.DEFAULT_CACHE_DIRECTORY
 
@@ -94,8 +96,8 @@ class Remotes:
         self._blocks: BlockCache | None = None
         self._directory: CacheDirectory | None = None
 
-    def open(self, url: Url) -> Remote:
-        """Open `url` for reading.
+    def open(self, url: Url, *, confined: bool = False) -> Remote:
+        """Open `url` for reading; `confined`: it leads to no other host.
 
         Raises:
             UnsupportedImage: no protocol that is known here, or its library is not installed.
@@ -108,7 +110,7 @@ class Remotes:
             raise UnsupportedImage(url.shown, f"the protocol {printable(url.scheme)}", why)
         opener: _Room = importlib.import_module(f"qcowfs.source.{room}")
         self._caches()  # before a server is asked: the directory may not be usable
-        remote = opener.open_url(url, self.settings)
+        remote = opener.open_url(url, replace(self.settings, confined=confined))
         return replace(remote, source=self.cached(remote.source, remote.version))
 
     def cached(self, source: Source, version: str | None = None) -> Source:

@@ -56,15 +56,26 @@ class Url:
 
     @property
     def name(self) -> str:
-        """What the image is called there: the last component of the path; of a LUN, its number and "lun" before."""
+        """What the image is called there: the last component of the path; of a LUN, its number and "lun" before.
+
+        A server's default export has no name: it is called like the server, or like its socket.
+        """
         last = self.path.rstrip("/").rpartition("/")[2]
-        return f"lun{last}" if self.scheme == "iscsi" else last or self.server
+        if self.scheme == "iscsi":
+            return f"lun{last}"
+        return last or self.server or self.words.get("socket", "").rpartition("/")[2]
 
     @property
     def directory(self) -> tuple[str, str, str, str]:
         """What is equal for two URLs side by side: files of one folder, LUNs of one target, exports of one server."""
         socket = self.words.get("socket", "")
         return self.scheme, self.server, self.path.rpartition("/")[0], socket
+
+    @property
+    def climbs(self) -> bool:
+        """Whether a server may find it in another folder than the URL seems to say, once it has decoded the path."""
+        parts = [unquote(part) for part in self.path.split("/")]
+        return any("/" in part or part == ".." for part in parts)
 
     def beside(self, name: str) -> Url:
         """Return where a relative `name` leads from here, as QEMU joins the two: the query does not go with it."""
@@ -74,7 +85,7 @@ class Url:
 
     def is_below(self, other: Url) -> bool:
         """Tell whether `other` is this URL, or a folder around it."""
-        if (self.scheme, self.server) != (other.scheme, other.server) or ".." in unquote(self.path).split("/"):
+        if (self.scheme, self.server) != (other.scheme, other.server) or self.climbs:
             return False
         folder = other.path.rstrip("/")
         same_socket = self.words.get("socket", "") == other.words.get("socket", "")

@@ -46,11 +46,16 @@ class Web:
 
     Args:
         patience: seconds; a server that is silent for a third of it is asked again.
+        confined: no redirection to another host is followed.
+
+    Raises:
+        ValueError: `url` is none of a web server.
     """
 
-    def __init__(self, url: Url, patience: float) -> None:
+    def __init__(self, url: Url, patience: float, *, confined: bool = False) -> None:
         self._named = parse_place(url.text)
         self._now = self._named  # where it was last found, behind all redirections
+        self._confined = confined
         self._silence = max(patience / 3, 0.1)
         self._proxies = Proxies()
         self._context: ssl.SSLContext | None = None
@@ -96,6 +101,9 @@ class Web:
             if isinstance(found, Answer):
                 self._now = place
                 return found
+            if self._confined and found.host != self._named.host:
+                hint = "--allow-backing, with the URL that is named, lets the server do that"
+                raise Failure("it is redirected to another host, and no person named it", hint=hint)
             place = found
         raise Failure(f"it is redirected more than {limits.MAX_REDIRECTS} times")
 

@@ -6,6 +6,7 @@ info` of what a snapshot has recorded.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import queue
@@ -17,20 +18,21 @@ import pytest
 
 from qcowfs import chain as chains
 from qcowfs import cli
-from qcowfs.cli.machines import take_snapshot
+from qcowfs.cli.machines import take_device, take_snapshot
 from qcowfs.errors import GateRefused, MonitorError, UnsupportedImage, UsageError
-from qcowfs.policy import Policy
-from qcowfs.qmp.address import Address
+from qcowfs.policy import Policy, load_policy
+from qcowfs.qmp.address import Address, parse_address
 from qcowfs.qmp.devices import devices, find_device
 from qcowfs.qmp.files import DeviceFiles, locate, require_same
 from qcowfs.qmp.follower import DeviceFollower
 from qcowfs.qmp.monitor import Monitor
 from tests.support import need
 from tests.support.monitors import stopped_machine
+from tests.support.nbd import qemu_nbd
 from tests.support.qemu import qemu
 
 pytest.importorskip("qemu.qmp")
-need("qemu-system-x86_64", "qemu-img", "setpriv")
+need("qemu-system-x86_64", "qemu-img", "qemu-nbd", "setpriv")
 
 PATIENCE = 30  # seconds
 
@@ -257,7 +259,7 @@ def test_of_files_that_nobody_bears_out_none_is_vouched_for(place: Path, machine
     [
         ("/dev/fdset/2", "an open file without a name"),
         ("/no/such/file", "leads nowhere here: /no/such/file: No such file or directory"),
-        ("nbd://localhost/x", r"it is no file here \(nbd\)"),
+        ("vxhs://localhost/x", r"it is no file here \(vxhs\)"),
         ("json:{", "QEMU's name for the image: "),
         ('json:{"driver":"qcow2","file":{"driver":"nbd","filename":"/x"}}', "it is no file here"),
     ],
@@ -420,3 +422,34 @@ def test_a_follower_tells_of_each_new_chain_lets_others_in_and_sees_the_end(
     follower.stop(PATIENCE)
 
     assert told.empty()
+
+
+@pytest.mark.expect_warnings
+def test_a_disk_on_a_server_is_found_and_its_writer_known(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No lock on a server tells that somebody writes; QEMU says so itself. What it has beside it may be named."""
+    directory = tmp_path_factory.mktemp("v")
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", directory / "disk", "1M")
+    qemu("qemu-img", "snapshot", "-c", "before", directory / "disk")
+    with qemu_nbd(directory / "s", directory / "disk", "-f", "raw", writable=True) as server:
+        drive = f"if=none,id=d0,format=qcow2,file={server.url}"
+        with stopped_machine(directory, "-machine", "none", "-drive", drive) as monitor:
+            args = argparse.Namespace(qmp=f"{monitor}:d0", allow_backing=[])
+            files = take_device(args)
+            assert files
+
+            assert args.written
+            with chains.open_chain(args.image, Policy(), image_format=args.image_format, written=True) as chain:
+                require_same(files, chain)
+                assert chain.remote
+                assert [(True, ("before",))] == [
+                    (layer.written_by_other, tuple(os.fsdecode(entry.name) for entry in layer.snapshots))
+                    for layer in chain.layers
+                ]
+            top = directory / "over.qcow2"
+            with Monitor(parse_address(str(monitor))[0]) as asked:
+                asked.execute("blockdev-snapshot-sync", device="d0", **{"snapshot-file": str(top)})
+            again = take_device(args)
+            assert again
+            with chains.open_chain(args.image, load_policy(args.allow_backing, ()), image_format="qcow2") as chain:
+                require_same(again, chain)
+                assert ["over.qcow2", "s"] == [layer.name for layer in chain.layers]

@@ -11,6 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qcowfs import limits
+from qcowfs.errors import SourceError
+from qcowfs.source.objects import open_url
+from qcowfs.source.remote import RemoteSettings
+from qcowfs.source.url import parse_url
 from tests.sources.opening import error_of, opened, refusal
 from tests.support.badhttp import Answer, BadServer, serve
 
@@ -282,6 +286,24 @@ def test_user_and_password_go_to_the_named_server_and_no_other(server: BadServer
     assert ["Basic dXNlcjpodW50ZXIy"] == [request.headers.get("authorization") for request in server.requests]
     assert {"/moved"} == {request.target for request in other.requests}
     assert not {"authorization", "referer", "cookie"} & {name for one in other.requests for name in one.headers}
+
+
+def test_what_an_image_names_leads_to_no_other_host(server: BadServer) -> None:
+    """A server may be trusted for its own files, and not for what it makes us ask of others (169.254.169.254)."""
+    settings = RemoteSettings(patience=5, confined=True)
+    with serve(CONTENT) as other:
+        server.answers = [Answer(status=302, headers={"Location": other.url("x").replace("127.0.0.1", "localhost")})]
+        with pytest.raises(SourceError, match="it is redirected to another host, and no person named it"):
+            open_url(parse_url(server.url()), settings)
+
+        assert [] == other.requests
+        server.answers = [Answer(status=302, headers={"Location": other.url("x")})]
+        open_url(parse_url(server.url()), settings).source.close()
+
+
+@pytest.mark.parametrize("url", ["http://", "http://h:99999/x", "http://h:hunter2/x", "https:///x"])
+def test_a_url_without_a_server_is_told_in_one_line(url: str) -> None:
+    assert refusal(url).endswith("cannot open: http://HOST[:PORT]/PATH was expected")
 
 
 def test_a_redirection_that_ends_is_asked_for_again(server: BadServer) -> None:

@@ -80,9 +80,9 @@ def nbdkit(address: Path | int, *words: str | Path, query: str = "") -> Iterator
 
 
 @contextmanager
-def qemu_nbd(address: Path, image: Path, *words: str) -> Iterator[Server]:
-    """Run qemu-nbd, read-only, for up to 8 clients at a time."""
-    command = ["qemu-nbd", "-r", "-t", "-e", "8", "-k", str(address), *words, str(image)]
+def qemu_nbd(address: Path, image: Path, *words: str, writable: bool = False) -> Iterator[Server]:
+    """Run qemu-nbd for up to 8 clients at a time."""
+    command = ["qemu-nbd", *([] if writable else ["-r"]), "-t", "-e", "8", "-k", str(address), *words, str(image)]
     with _running(Server(command, str(address))) as server:
         yield server
 

@@ -147,7 +147,7 @@ def test_r44_unknown_drivers_are_refused(driver: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["read-only", "backing", "backing.driver", "file.locking", "file.x.y", "cache", "", "."]
+    "option", ["read-only", "backing", "backing.cache", "file.locking", "file.x.y", "cache", "", "."]
 )
 def test_r44_unknown_options_are_refused(option: str) -> None:
     """What they would change cannot be known, so nothing is shown."""
@@ -270,6 +270,10 @@ def test_names_on_servers_are_urls(name: str, url: str) -> None:
             {"driver": "iscsi", "transport": "tcp", "portal": "h:3260", "target": "iqn.x", "lun": 2, "user": "u"},
             "iscsi://u@h:3260/iqn.x/2",
         ),
+        (
+            {"driver": "iscsi", "portal": "h", "target": "t", "lun": "1", "user": "u", "password-secret": "sec0"},
+            "iscsi://u@h/t/1",
+        ),
         ({"driver": "iscsi", "portal": "h", "target": "iqn.x"}, "iscsi://h/iqn.x/0"),
     ],
 )
@@ -279,6 +283,51 @@ def test_r44_network_drivers_are_urls_with_a_format_or_alone(server: dict[str, A
 
     assert ("qcow2", url) == (above.format, above.url and above.url.text)
     assert ("raw", url) == (alone.format, alone.url and alone.url.text)
+
+
+def test_a_json_name_says_what_the_backing_file_is_and_that_of_it() -> None:
+    """As QEMU writes it where a disk was put together by hand: each level overrides what a header says."""
+    base = {"driver": "raw", "size": 1024, "file": {"driver": "file", "filename": "/base"}}
+    middle = {"driver": "qcow2", "file": {"driver": "nbd", "path": "/s"}, "backing": base}
+    found = parse_json({"driver": "qcow2", "file.filename": "/x", "backing": middle})
+
+    assert ("/x", "qcow2") == (found.path, found.format)
+    assert found.backing
+    assert ("qcow2", "nbd+unix:///?socket=/s") == (found.backing.format, found.backing.url and found.backing.url.text)
+    assert FileName(path="/base", relative_to_image=False, format="raw", size=1024) == found.backing.backing
+
+
+def test_a_backing_file_without_a_place_is_the_one_of_the_header_read_in_another_way() -> None:
+    told = parse_json({"driver": "qcow2", "file.filename": "/x", "backing.driver": "raw"}).backing
+    deeper = parse_json({"file.filename": "/x", "backing": {"driver": "qcow2", "backing": None}}).backing
+
+    assert told
+    assert FileName(path="base", format="raw") == told.over(parse(b"base", IMAGE))
+    assert deeper
+    assert FileName(path="base", format="qcow2", alone=True) == deeper.over(parse(b"base", IMAGE))
+
+
+@pytest.mark.parametrize(
+    ("tree", "why"),
+    [
+        ({"backing": "node"}, "the option backing is not"),
+        ({"backing.driver": "luks"}, "the driver luks is not"),
+        ({"backing.cache": "x", "backing.driver": "raw"}, "the option backing.cache is not"),
+        ({"backing.file.driver": "null-co"}, "the driver null-co is not"),
+        ({"backing.backing.file.x": "y", "backing.backing.file.filename": "z"}, "the option backing.backing.file.x is"),
+        ({"backing": None, "backing.driver": "raw"}, "the option backing is not"),
+        ({"driver": "raw", "backing.file.filename": "y"}, "the option backing is not"),
+        (
+            {"backing": {"driver": "nbd", "path": "/s", "backing": {"driver": "raw"}}},
+            "the option backing.backing is not",
+        ),
+        ({"backing.driver": "raw", "backing.size": 5}, "backing.size is 5, a multiple of 512 was expected"),
+        ({f"{'backing.' * 200}driver": "raw"}, "nested too deep"),
+    ],
+)
+def test_of_a_backing_file_in_a_json_name_nothing_is_guessed(tree: dict[str, Any], why: str) -> None:
+    with pytest.raises(QcowfsError, match=why):
+        parse_json({"driver": "qcow2", "file.filename": "/x", **tree})
 
 
 @pytest.mark.parametrize(
@@ -292,7 +341,7 @@ def test_r44_network_drivers_are_urls_with_a_format_or_alone(server: dict[str, A
         ({"driver": "https"}, "no url"),
         ({"driver": "nbd", "server.type": "inet", "server.host": "h", "tls-creds": "x"}, "the option file.tls-creds"),
         ({"driver": "https", "url": "https://h/x", "sslverify": False}, "the option file.sslverify"),
-        ({"driver": "iscsi", "portal": "h", "target": "t", "password-secret": "x"}, "the option file.password-secret"),
+        ({"driver": "https", "url": "https://h/x", "password-secret": "x"}, "the option file.password-secret"),
         ({"driver": "https", "url": "https://h/a b"}, "a URL with a space"),
         ({"driver": "https", "url": "file:///etc/passwd"}, "the protocol file is not supported"),
     ],
@@ -313,6 +362,15 @@ def test_a_password_in_a_name_is_not_told() -> None:
 def test_a_data_file_has_a_plain_name_or_a_url(name: str) -> None:
     with pytest.raises(UnsupportedImage, match="a data file has a plain name or a URL"):
         parse_data_file_name(name.encode(), IMAGE)
+
+
+@pytest.mark.parametrize("name", [b"file://[x", b"ftp://me:secret@[x"])
+def test_a_name_that_is_no_url_is_a_named_error(name: bytes) -> None:
+    for parser in (parse, parse_data_file_name):
+        if not name.startswith(b"file") or parser is parse_data_file_name:
+            with pytest.raises(QcowfsError) as caught:
+                parser(name, IMAGE)
+            assert "secret" not in str(caught.value)
 
 
 def test_a_data_file_may_be_a_url() -> None:

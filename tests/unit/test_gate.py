@@ -317,8 +317,8 @@ class TestUrls:
     def opened_urls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found: list[str] = []
 
-        def open_remote(_remotes: Remotes, url: Url) -> None:
-            found.append(url.text)
+        def open_remote(_remotes: Remotes, url: Url, *, confined: bool = False) -> None:
+            found.append(f"{url.text} (no other host)" if confined else url.text)
 
         monkeypatch.setattr(Remotes, "open", open_remote)
         return found
@@ -356,7 +356,7 @@ class TestUrls:
         self.name(opener, "https://h/images/x")
         self.name(opener, "https://h/golden/x")
 
-        assert ["https://h/images/x", "https://h/golden/x"] == opened_urls[1:]
+        assert ["https://h/images/x (no other host)", "https://h/golden/x (no other host)"] == opened_urls[1:]
 
     def test_that_the_policy_covers_are_opened(self, image: Path, opened_urls: list[str]) -> None:
         self.name(gate_of(image, Policy(allow_urls=(parse_url("https://h/images"),))), "https://h/images/below/x")
@@ -370,6 +370,15 @@ class TestUrls:
 
         with pytest.raises(GateRefused, match="a guest may have written its names"):
             self.name(opener, "https://h/images/x")
+
+    @pytest.mark.parametrize("last", ["..%2fx", "..", "%2e%2E/x", "a%2fx", "..%2f"])
+    def test_that_climb_out_of_the_folder_are_refused(self, opened_urls: list[str], last: str) -> None:
+        opener = Gate(Policy())
+        opener.open_image_url(self.TOP)
+
+        with pytest.raises(GateRefused):
+            self.name(opener, f"https://h/images/{last}")
+        assert [self.TOP.text] == opened_urls
 
     def test_of_another_server_on_another_socket_are_refused(self) -> None:
         opener = Gate(Policy())
