@@ -6,13 +6,14 @@ Used by the commands. One thread. Differences come in the order of a walk: a dir
 from __future__ import annotations
 
 import errno
+import functools
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
-from qcowfs import limits
+from qcowfs import _compare, limits
 from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError, TreeFault
 from qcowfs.inside.pointfiles import RawVolume
@@ -93,7 +94,7 @@ class Comparison:
     """
 
     def __init__(self, file_of: FileOf, *, checksum: bool, tell: Tell) -> None:
-        self._file_of = file_of
+        self._proofs = file_of, functools.cache(_compare.Comparison)
         self._checksum = checksum
         self.tell = tell
         self._seen: tuple[set[tuple[str, int]], set[tuple[str, int]]] = (set(), set())
@@ -135,7 +136,7 @@ class Comparison:
             one, other = old.stored(), new.stored()
         except QcowfsError:
             return False
-        return one is not None and other is not None and same_place(one, other, self._file_of)
+        return one is not None and other is not None and same_place(one, other, *self._proofs)
 
     def same_contents(self, old: Place, new: Place) -> bool:
         """Tell whether two regular files, or two symbolic links, hold the same.
@@ -149,14 +150,14 @@ class Comparison:
             return False
         one, other = old.stored(), new.stored()
         if one is not None and other is not None:
-            return same_bytes(one, other, self._file_of)
+            return same_bytes(one, other, *self._proofs)
         if old.inode.size > limits.MAX_READ_FILE:
             raise TreeFault(old.name, f"too large to be compared: {old.inode.size} bytes", errno.EFBIG)
         return all(a == b for a, b in zip_longest(old.chunks(), new.chunks()))
 
     def same_volume(self, old: Mapped | None, new: Mapped | None) -> bool:
         """Tell whether two volumes are stored in the same places; False where there are no bytes."""
-        return old is not None and new is not None and same_place(old, new, self._file_of)
+        return old is not None and new is not None and same_place(old, new, *self._proofs)
 
     def _is_proven(self, old: File, new: File) -> bool:
         """Tell whether two places are the same in volumes that are the same: then all below is."""

@@ -20,7 +20,7 @@ from tests.support.guests import Guest
 from tests.support.images import qemu
 from tests.support.trees import describe
 
-__all__ = ["State", "make_states", "overlays"]
+__all__ = ["CLUSTER", "State", "make_states", "overlays", "write_differences"]
 
 SIZE = 32 << 20
 CLUSTER = 64 << 10  # of an overlay
@@ -49,11 +49,12 @@ def overlays(directory: Path, image: Path, raws: Sequence[Path]) -> list[str]:
     qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raws[0], layers[0])
     for number in range(1, len(raws)):
         qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", layers[number - 1], "-F", "qcow2", layers[number])
-        _write_differences(raws[number - 1], raws[number], layers[number])
+        write_differences(raws[number - 1], raws[number], layers[number])
     return names
 
 
-def _write_differences(before: Path, after: Path, overlay: Path) -> None:
+def write_differences(before: Path, after: Path, overlay: Path) -> None:
+    """Write to a qcow2 image, as a machine would, what of one raw disk is not the same in another."""
     words: list[str] = []
     piece = overlay.with_suffix(".piece")
     with before.open("rb") as old, after.open("rb") as new:
