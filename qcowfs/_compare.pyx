@@ -165,10 +165,9 @@ cdef class Comparison:
         return Batch(ranges, faults, end)
 
 
-cdef uint64_t walk(
-    const pair_t* pair, uint64_t offset, uint64_t end, uint64_t most_bytes, found_t* found) noexcept nogil:
+cdef uint64_t walk(const pair_t* pair, uint64_t offset, uint64_t end, uint64_t most, found_t* found) noexcept nogil:
     """Return how far it got: to the end, or until one of the limits is reached."""
-    cdef uint64_t limit = most_bytes
+    cdef uint64_t limit = most
     cdef uint64_t asked = offset  # whether something is shared is known up to here: it is not
     cdef uint64_t length
     cdef uint32_t steps = 0
@@ -183,11 +182,10 @@ cdef uint64_t walk(
                 offset += length
                 continue
             asked = offset + length
-        if tables.old != 0:
-            length = min(min(asked, end) - offset, pair_equal_entries(pair, &tables, offset))
-            if length > 0:
-                offset += length
-                continue
+        length = min(min(asked, end) - offset, pair_equal_entries(pair, &tables, offset)) if tables.old != 0 else 0
+        if length > 0:
+            offset += length
+            continue
         offset += take_step(pair, runs, offset, end, &limit, found)
         if found.count >= MOST_RANGES or found.failure_count >= MOST_RANGES:
             break
@@ -195,8 +193,8 @@ cdef uint64_t walk(
 
 
 cdef uint64_t take_step(
-    const pair_t* pair, host_run_t* runs, uint64_t offset, uint64_t end, uint64_t* limit,
-    found_t* found) noexcept nogil:
+    const pair_t* pair, host_run_t* runs, uint64_t offset, uint64_t end, uint64_t* limit, found_t* found
+) noexcept nogil:
     """Go on over one answer of both; a range that is not proved equal is appended, and taken from `limit`."""
     cdef resolved_t old, new
     cdef fault_t fault

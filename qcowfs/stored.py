@@ -15,7 +15,18 @@ from qcowfs._core import Disk
 from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError
 
-__all__ = ["FileOf", "HostPlace", "PairOf", "Piece", "fingerprint", "pieces", "same_bytes", "same_place", "unproven"]
+__all__ = [
+    "FileOf",
+    "HostPlace",
+    "PairOf",
+    "Piece",
+    "Range",
+    "fingerprint",
+    "pieces",
+    "same_bytes",
+    "same_place",
+    "unproven",
+]
 
 EXTENTS = 1024  # that are asked for at once
 CHUNK = 1 << 20  # bytes that are read at once where nothing is proven

@@ -20,7 +20,7 @@ from tests.support.guests import Guest
 from tests.support.images import qemu
 from tests.support.trees import describe
 
-__all__ = ["CLUSTER", "State", "make_states", "overlays", "write_differences"]
+__all__ = ["CLUSTER", "State", "make_states", "overlays", "seen_by_kernel", "write_differences"]
 
 SIZE = 32 << 20
 CLUSTER = 64 << 10  # of an overlay
@@ -79,7 +79,9 @@ def make_states(directory: Path, image: Path, count: int, *, steps: int, seed: i
     raws = [directory / f"state{number}.raw" for number in range(count)]
     for number, raw in enumerate(raws):
         _change(disk, raw, rng, steps, cut=number % 2 == 1)
-    return [State(name, raw, *_kernel(raw)) for name, raw in zip(overlays(directory, image, raws), raws, strict=True)]
+    return [
+        State(name, raw, *seen_by_kernel(raw)) for name, raw in zip(overlays(directory, image, raws), raws, strict=True)
+    ]
 
 
 def _change(disk: Path, raw: Path, rng: random.Random, steps: int, *, cut: bool) -> None:
@@ -98,7 +100,8 @@ def _change(disk: Path, raw: Path, rng: random.Random, steps: int, *, cut: bool)
         shutil.copyfile(disk, raw)
 
 
-def _kernel(raw: Path) -> tuple[dict[bytes, int], Guest]:
+def seen_by_kernel(raw: Path) -> tuple[dict[bytes, int], Guest]:
+    """Return the inode number of each path, and what the kernel shows of it."""
     copy = raw.with_suffix(".copy")  # a journal that is replayed changes it
     shutil.copyfile(raw, copy)
     with mounted(copy, "rw,noatime") as at:
