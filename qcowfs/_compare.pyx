@@ -105,8 +105,8 @@ cdef class Comparison:
         """Bytes of the larger disk; past its end the smaller one counts as zeros, as for `qemu-img compare`."""
         return self.c.end
 
-    def candidates(self, uint64_t offset, uint64_t most_bytes):
-        """Return a Batch of the ranges from `offset` on that are not proved equal, `most_bytes` of them at most.
+    def candidates(self, uint64_t offset, uint64_t most_bytes, uint64_t end=ALL):
+        """Return a Batch of the ranges from `offset` to `end` that are not proved equal, `most_bytes` of them at most.
 
         Raises:
             MemoryError: there is no memory.
@@ -115,7 +115,7 @@ cdef class Comparison:
         memset(&found, 0, sizeof(found))
         try:
             with nogil:
-                offset = walk(&self.c, offset, most_bytes, &found)
+                offset = walk(&self.c, offset, min(end, self.c.end), most_bytes, &found)
             return self.batch(&found, offset)
         finally:
             free(found.ranges)
@@ -165,40 +165,40 @@ cdef class Comparison:
         return Batch(ranges, faults, end)
 
 
-cdef uint64_t walk(const pair_t* pair, uint64_t offset, uint64_t most_bytes, found_t* found) noexcept nogil:
+cdef uint64_t walk(const pair_t* pair, uint64_t offset, uint64_t end, uint64_t most, found_t* found) noexcept nogil:
     """Return how far it got: to the end, or until one of the limits is reached."""
-    cdef uint64_t limit = most_bytes
+    cdef uint64_t limit = most
     cdef uint64_t asked = offset  # whether something is shared is known up to here: it is not
     cdef uint64_t length
     cdef uint32_t steps = 0
     cdef tables_t tables
     cdef host_run_t runs[2]
     memset(runs, 0, sizeof(runs))
-    while offset < pair.end and limit > 0 and steps < MOST_STEPS and not found.no_memory:  # all lengths are > 0
+    while offset < end and limit > 0 and steps < MOST_STEPS and not found.no_memory:  # all lengths are > 0
         steps += 1
         if offset >= asked:
-            length = pair.end - offset
+            length = end - offset
             if pair_shares(pair, offset, &length, &tables):
                 offset += length
                 continue
             asked = offset + length
-        if tables.old != 0:
-            length = min(asked - offset, pair_equal_entries(pair, &tables, offset))
-            if length > 0:
-                offset += length
-                continue
-        offset += take_step(pair, runs, offset, &limit, found)
+        length = min(min(asked, end) - offset, pair_equal_entries(pair, &tables, offset)) if tables.old != 0 else 0
+        if length > 0:
+            offset += length
+            continue
+        offset += take_step(pair, runs, offset, end, &limit, found)
         if found.count >= MOST_RANGES or found.failure_count >= MOST_RANGES:
             break
     return offset
 
 
 cdef uint64_t take_step(
-    const pair_t* pair, host_run_t* runs, uint64_t offset, uint64_t* limit, found_t* found) noexcept nogil:
+    const pair_t* pair, host_run_t* runs, uint64_t offset, uint64_t end, uint64_t* limit, found_t* found
+) noexcept nogil:
     """Go on over one answer of both; a range that is not proved equal is appended, and taken from `limit`."""
     cdef resolved_t old, new
     cdef fault_t fault
-    cdef uint64_t length = pair.end - offset
+    cdef uint64_t length = end - offset
     if resolve_side(pair.old, offset, length, &old, &fault) < 0:
         return take_fault(pair, False, offset, &fault, found)
     if resolve_side(pair.new, offset, length, &new, &fault) < 0:

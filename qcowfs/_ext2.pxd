@@ -37,6 +37,8 @@ cdef class Filesystem:
     cdef uint8_t *raw  # the inode that `load` found last, as stored
     cdef uint32_t inode_size
     cdef uint64_t blocks  # whole blocks of the device: what lies behind them is not there
+    cdef uint64_t[::1] suspects  # start and end of what may be other bytes in another state of the volume, in order
+    cdef bint met_suspect  # whether a block of them was read
     cdef uint64_t[::1] covered  # blocks that are stored elsewhere, in rising order: those of a recovered journal
 
     cdef const char *load(self, uint32_t ino, inode_record_t *told) noexcept
@@ -45,5 +47,7 @@ cdef class Filesystem:
     cdef int read(self, uint32_t ino, inode_record_t *told) except -1
     cdef int read_block(self, uint64_t block, void *data) except -1
     cdef bint is_covered(self, uint64_t block, uint64_t length) noexcept
+    cdef bint is_suspect(self, uint64_t offset, uint64_t length) noexcept
+    cdef bint is_suspect_inode(self, uint32_t ino) noexcept
 
 cdef int check(errcode_t code, str what) except -1

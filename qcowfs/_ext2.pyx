@@ -6,6 +6,7 @@ Used by _extmap, _extdir and inside/ext.py, in a worker, in one thread. Every er
 """
 
 import errno
+from array import array
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -234,6 +235,20 @@ cdef class Filesystem:
     def clean(self):
         return bool(self.fs.super.s_state & 1)
 
+    @property
+    def inode_tables(self):
+        """The block where the inodes of each group begin: 8 bytes each, little-endian."""
+        cdef uint32_t group
+        tables = array("Q", bytes(8 * self.fs.group_desc_count))
+        cdef uint64_t[::1] blocks = tables
+        for group in range(self.fs.group_desc_count):
+            blocks[group] = ext2fs_inode_table_loc(self.fs, group)
+        return tables.tobytes()
+
+    def suspect(self, uint64_t[::1] ranges):
+        """Take what another state of the volume may have other bytes in: start and end of each range, in order."""
+        self.suspects = ranges
+
     def stat(self, uint32_t ino) -> bytes:
         """Return the bytes of record.INODE."""
         cdef inode_record_t told
@@ -281,6 +296,7 @@ cdef class Filesystem:
         return 0
 
     cdef int read_block(self, uint64_t block, void *data) except -1:
+        self.met_suspect = self.met_suspect or self.is_suspect(block * self.fs.blocksize, self.fs.blocksize)
         return check(io_channel_read_blk64(self.fs.io, block, 1, data), f"block {block}")
 
     cdef bint is_covered(self, uint64_t block, uint64_t length) noexcept:
@@ -294,6 +310,28 @@ cdef class Filesystem:
             else:
                 high = middle
         return low < end and self.covered[low] < block + length
+
+    cdef bint is_suspect(self, uint64_t offset, uint64_t length) noexcept:
+        """Return whether some of these bytes may be others."""
+        cdef Py_ssize_t low = 0, high = 0 if self.suspects is None else self.suspects.shape[0] // 2
+        cdef Py_ssize_t count = high, middle
+        while low < high:
+            middle = (low + high) // 2
+            if self.suspects[2 * middle + 1] <= offset:
+                low = middle + 1
+            else:
+                high = middle
+        return low < count and self.suspects[2 * low] < offset + length
+
+    cdef bint is_suspect_inode(self, uint32_t ino) noexcept:
+        """Return whether some of the bytes of an inode may be others."""
+        cdef uint32_t group = (ino - 1) // self.fs.super.s_inodes_per_group
+        cdef uint64_t index = (ino - 1) % self.fs.super.s_inodes_per_group
+        cdef uint64_t table
+        if ino == 0 or group >= self.fs.group_desc_count:
+            return True
+        table = ext2fs_inode_table_loc(self.fs, group) * self.fs.blocksize
+        return self.is_suspect(table + index * self.inode_size, self.inode_size)
 
     cdef const char *load(self, uint32_t ino, inode_record_t *told) noexcept:
         """Read an inode to `raw` and tell of it; return what is wrong with it, or NULL."""

@@ -17,15 +17,19 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 
-from qcowfs._ext2 cimport FLAG_ENCRYPTED, FLAG_INLINE_DATA, INODE_FLAGS, NOKEY_BYTES, Filesystem, le16, le32
+from qcowfs._ext2 cimport (
+    FLAG_ENCRYPTED, FLAG_INLINE_DATA, INODE_BLOCK, INODE_BLOCK_SIZE, INODE_FLAGS, NOKEY_BYTES, Filesystem, le16, le32,
+)
 from qcowfs._extmap cimport FEW_EXTENTS, few_extents, read_runs, run_t, runs_t
 from qcowfs._records cimport RECORD_UNMAPPED, entry_record_t, extent_record_t, inode_record_t
 from qcowfs.clib.ext2fs cimport *
 
-from qcowfs.limits import INSIDE_WANT, MAX_EXT_DIRECTORY
+from qcowfs.limits import INSIDE_WANT, MAX_EXT_DIRECTORY, MAX_LISTED_ENTRIES, MAX_PROVEN_DIRECTORY
 
 cdef uint64_t LONGEST = MAX_EXT_DIRECTORY
 cdef uint64_t MOST_ROOM = INSIDE_WANT
+cdef uint64_t LONGEST_PROVEN = MAX_PROVEN_DIRECTORY
+cdef uint32_t MOST_ENTRIES = MAX_LISTED_ENTRIES
 
 cdef enum:
     DAMAGED = 1  # of a cookie; a place in a directory is a multiple of 4
@@ -37,6 +41,8 @@ cdef enum:
     SHIFT_TYPE = 12
     DIRECTORY = 0x4
     REGULAR = 0x8
+    GENERATION = 100  # where in an inode that stands, of which the checksums of its blocks are made
+    SIZE_HIGH = 108
     COMPAT_DIR_INDEX = 0x20
     UNSIGNED_HASH = 0x2  # of s_flags
     FIRST_UNSIGNED = 3  # of the hashes that libext2fs knows
@@ -245,6 +251,21 @@ cdef class Listing:
         memcpy(to + sizeof(entry), &told, sizeof(told))
         return entry.length
 
+    cdef bint add_unproven(self, bytearray page, bint *same) except -1:
+        """Pack the entry to the end of `page` if `unproven` tells it; return False if that cannot tell anything."""
+        cdef char packed[LONGEST_ENTRY]
+        cdef inode_record_t told
+        cdef uint64_t length
+        if self.volume.met_suspect or self.volume.load(self.child, &told) != NULL:
+            return False
+        if self.volume.is_suspect_inode(self.child):
+            same[0] = False
+        elif told.mode >> SHIFT_TYPE != DIRECTORY:
+            return True
+        length = self.pack(packed)
+        page += packed[:<Py_ssize_t>length]
+        return <uint64_t>len(page) <= MOST_ROOM
+
 
 def entries(Filesystem volume, uint32_t ino, uint64_t cookie, uint64_t room) -> bytes:
     """Return entries after `cookie`, about `room` bytes of them and at least one; b"" after the last.
@@ -275,6 +296,45 @@ def entries(Filesystem volume, uint32_t ino, uint64_t cookie, uint64_t room) -> 
         return page[:<Py_ssize_t>used]
     finally:
         free(page)
+
+
+cdef bytes map_of(Filesystem volume):
+    """Return a digest of all that the entries of the directory depend on whose inode is loaded, but for its blocks.
+
+    Its times are not in it: whoever lists a directory changes one.
+    """
+    cdef const uint8_t *raw = volume.raw
+    cdef bytes told = raw[:2] + raw[4:8] + raw[INODE_FLAGS:INODE_FLAGS + 4] + raw[GENERATION:GENERATION + 4]
+    return sha256(told + raw[SIZE_HIGH:SIZE_HIGH + 4] + raw[INODE_BLOCK:INODE_BLOCK + INODE_BLOCK_SIZE]).digest()
+
+
+def unproven(Filesystem volume, uint32_t ino):
+    """Return entries of a directory that is the same in another state of the volume, whether they are, and its map.
+
+    They are those that are directories, and those whose inode is suspect: only if there are such, they may differ.
+    The map is b"" if it is proven; else the directory is the same where it has an equal one.
+    None: the directory itself may differ; or it is damaged, or too long to say so in one answer.
+
+    Raises:
+        OSError: what cannot be read of it.
+    """
+    cdef Listing listing
+    cdef bytearray page = bytearray()
+    cdef uint32_t count = 0
+    cdef bint same = True
+    if volume.suspects is None:
+        return None
+    volume.met_suspect = False
+    listing = Listing(volume, ino, 0)
+    cdef bytes told = map_of(volume) if volume.is_suspect_inode(ino) else b""
+    # What is inline may go on in another block, which only the library knows.
+    if listing.inline is not None or listing.runs.end * volume.fs.blocksize > LONGEST_PROVEN:
+        return None
+    while listing.next():
+        count += 1
+        if count > MOST_ENTRIES or not listing.add_unproven(page, &same):
+            return None
+    return None if listing.damaged or volume.met_suspect else (bytes(page), same, told)
 
 
 def lookup(Filesystem volume, uint32_t ino, bytes name) -> int:

@@ -6,19 +6,21 @@ Used by the commands. One thread. Differences come in the order of a walk: a dir
 from __future__ import annotations
 
 import errno
+import functools
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
-from qcowfs import limits
+from qcowfs import _compare, limits
 from qcowfs._mapped import Mapped
 from qcowfs.errors import QcowfsError, TreeFault
 from qcowfs.inside.pointfiles import RawVolume
 from qcowfs.inside.record import NO_CHANGE_TIME, NO_XATTRS, Inode
 from qcowfs.inside.walk import File, Place, join, unpacked
-from qcowfs.stored import FileOf, same_bytes, same_place
+from qcowfs.pruning import Pruning
+from qcowfs.stored import FileOf, same_bytes, same_place, unproven
 
 __all__ = [
     "ADDED",
@@ -93,8 +95,9 @@ class Comparison:
     """
 
     def __init__(self, file_of: FileOf, *, checksum: bool, tell: Tell) -> None:
-        self._file_of = file_of
+        self._proofs = file_of, functools.cache(_compare.Comparison)
         self._checksum = checksum
+        self._pruning = Pruning(lambda old, new: unproven(old, new, *self._proofs))
         self.tell = tell
         self._seen: tuple[set[tuple[str, int]], set[tuple[str, int]]] = (set(), set())
         self._entered = 0
@@ -135,7 +138,7 @@ class Comparison:
             one, other = old.stored(), new.stored()
         except QcowfsError:
             return False
-        return one is not None and other is not None and same_place(one, other, self._file_of)
+        return one is not None and other is not None and same_place(one, other, *self._proofs)
 
     def same_contents(self, old: Place, new: Place) -> bool:
         """Tell whether two regular files, or two symbolic links, hold the same.
@@ -149,14 +152,14 @@ class Comparison:
             return False
         one, other = old.stored(), new.stored()
         if one is not None and other is not None:
-            return same_bytes(one, other, self._file_of)
+            return same_bytes(one, other, *self._proofs)
         if old.inode.size > limits.MAX_READ_FILE:
             raise TreeFault(old.name, f"too large to be compared: {old.inode.size} bytes", errno.EFBIG)
         return all(a == b for a, b in zip_longest(old.chunks(), new.chunks()))
 
     def same_volume(self, old: Mapped | None, new: Mapped | None) -> bool:
         """Tell whether two volumes are stored in the same places; False where there are no bytes."""
-        return old is not None and new is not None and same_place(old, new, self._file_of)
+        return old is not None and new is not None and same_place(old, new, *self._proofs)
 
     def _is_proven(self, old: File, new: File) -> bool:
         """Tell whether two places are the same in volumes that are the same: then all below is."""
@@ -164,7 +167,7 @@ class Comparison:
 
     def _below(self, path: bytes, old: Place | None, new: Place | None, depth: int) -> Iterator[Pair]:
         """Yield the pairs in a directory that need to be looked at; one of the two may be none."""
-        here = self._list(OLD, path, old, depth), self._list(NEW, path, new, depth)
+        here = self._lists(path, old, new, depth)
         before, after = here[OLD].inodes, here[NEW].inodes
         for name in sorted(before.keys() | after.keys()):
             one, other = before.get(name), after.get(name)
@@ -181,13 +184,29 @@ class Comparison:
             return False
         return bool(found.error) or not (self._checksum or found.flags & NO_CHANGE_TIME)
 
-    def _list(self, side: int, path: bytes, place: Place | None, depth: int) -> _Listing:
+    def _lists(self, path: bytes, old: Place | None, new: Place | None, depth: int) -> tuple[_Listing, _Listing]:
+        """Return what of both has to be looked at."""
+        entered = self._enters(OLD, path, old, depth), self._enters(NEW, path, new, depth)
+        if all(entered) and not self._checksum and isinstance(old, File) and isinstance(new, File):
+            left = self._pruning.left(old, new)
+            if left is not None:
+                return _Listing(left.old), _Listing(left.new)
+        return (
+            self._list(OLD, path, old) if entered[OLD] else _Listing(whole=not is_directory(old)),
+            self._list(NEW, path, new) if entered[NEW] else _Listing(whole=not is_directory(new)),
+        )
+
+    def _enters(self, side: int, path: bytes, place: Place | None, depth: int) -> bool:
+        """Tell whether there is a directory that is to be listed."""
         if place is None or not is_directory(place):
-            return _Listing()
+            return False
         why = self._refuses(side, place, depth)
         if why:
             self.tell(side, path, why)
-            return _Listing(whole=False)
+        return not why
+
+    def _list(self, side: int, path: bytes, place: Place | None) -> _Listing:
+        assert place is not None
         try:
             found = place.children()
         except TreeFault as fault:

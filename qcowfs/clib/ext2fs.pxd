@@ -37,6 +37,7 @@ cdef extern from "ext2fs/ext2fs.h" nogil:
         uint32_t s_feature_incompat
         uint32_t s_flags
         uint32_t s_inodes_count
+        uint32_t s_inodes_per_group
         uint32_t s_hash_seed[4]
         uint8_t s_def_hash_version
 
@@ -45,6 +46,7 @@ cdef extern from "ext2fs/ext2fs.h" nogil:
         ext2_super_block *super
         unsigned int blocksize
         int cluster_ratio_bits
+        uint32_t group_desc_count
     ctypedef struct_ext2_filsys *ext2_filsys
 
     ctypedef struct ext2_inode "struct ext2_inode":
@@ -67,6 +69,7 @@ cdef extern from "ext2fs/ext2fs.h" nogil:
     int ext2fs_extent_block_csum_verify(ext2_filsys, ext2_ino_t, ext3_extent_header *)
     errcode_t ext2fs_dirhash(int, const char *, int, const uint32_t *, uint32_t *, uint32_t *)
     int EXT2_INODE_SIZE(ext2_super_block *)
+    blk64_t ext2fs_inode_table_loc(ext2_filsys, uint32_t)
 
     errcode_t ext2fs_open2(const char *, const char *, int, int, unsigned int, io_manager, ext2_filsys *)
     void ext2fs_free(ext2_filsys)

@@ -11,11 +11,11 @@ from typing import Any
 
 from qcowfs import limits
 from qcowfs._answer import check_entries
-from qcowfs.inside.reader import INLINE, Extents
+from qcowfs.inside.reader import DIGEST, INLINE, Extents, Layout, Unproven
 from qcowfs.inside.record import EXTENT, INODE, INODE_BITS, TYPES, Extent
-from qcowfs.inside.wire import EXTENTS, PAIR
+from qcowfs.inside.wire import EXTENTS, PAIR, SPAN
 
-__all__ = ["entries", "extents", "inode", "link", "number", "pairs"]
+__all__ = ["entries", "extents", "inode", "layout", "link", "nothing", "number", "pairs", "unproven"]
 
 LONGEST_NAME = 255
 LONGEST_LINK = 4095  # PATH_MAX without its NUL: no symlink(2) makes a longer one
@@ -54,6 +54,37 @@ def entries(body: bytes, cookie: int, volume_size: int) -> bytes:
     """Return `body` if it is nothing but entries of a directory that come after `cookie`."""
     check_entries(body, cookie, volume_size)
     return body
+
+
+def layout(body: bytes, volume_size: int) -> Layout:
+    """Return what is moved, all of it within the volume, in order and apart."""
+    spans = body[DIGEST:]
+    if len(body) < DIGEST or len(spans) % SPAN.size or len(spans) > limits.INSIDE_RANGES * SPAN.size:
+        raise ValueError("a layout's length")
+    moved = list(SPAN.iter_unpack(spans))
+    before = 0
+    for start, end in moved:
+        if not before <= start < end <= volume_size:
+            raise ValueError("a range's place in the volume")
+        before = end
+    return Layout(body[:DIGEST], moved)
+
+
+def unproven(body: bytes, volume_size: int) -> Unproven | None:
+    """Return entries of a directory and whether they are the same; None if that is not said of any."""
+    if not body:
+        return None
+    if len(body) < 1 + DIGEST:
+        raise ValueError("what may differ is cut off")
+    told, page = body[1 : 1 + DIGEST], body[1 + DIGEST :]
+    check_entries(page, 0, volume_size)
+    return Unproven(page, body[:1] == b"\1", told if any(told) else b"")
+
+
+def nothing(body: bytes) -> None:
+    """Return if nothing is said."""
+    if body:
+        raise ValueError("an answer where none is")
 
 
 def link(body: bytes) -> bytes:

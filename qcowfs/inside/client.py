@@ -22,7 +22,7 @@ from qcowfs.errors import QcowfsError, TreeFault, printable
 from qcowfs.inside import answer
 from qcowfs.inside.allowance import Allowance, Overdrawn
 from qcowfs.inside.launcher import Launcher, Worker
-from qcowfs.inside.reader import Extents
+from qcowfs.inside.reader import Extents, Layout, Unproven
 from qcowfs.inside.wire import ERROR, OPEN, RANGE, WANT, Kind, receive, send
 
 __all__ = ["Tree"]
@@ -38,7 +38,7 @@ REASONS = {
 
 
 class Tree:
-    """Has the methods of a reader.Reader; they raise TreeFault."""
+    """Has the methods of a reader.Reader and of a reader.Provable; they raise TreeFault."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Tree:
         self._closed = False
         self._root = 0
         self._facts: dict[str, str] = {}
+        self._suspects: bytes | None = None  # what every worker is told
 
     @property
     def name(self) -> str:
@@ -131,6 +132,23 @@ class Tree:
 
         return self._ask(Kind.READ, RANGE.pack(ino, offset, length), check)
 
+    def layout(self) -> Layout:
+        """Return what the tree has to have in common with another to be compared by blocks.
+
+        Raises:
+            TreeFault: that cannot be told; of most kinds of file systems, never.
+        """
+        return self._ask(Kind.LAYOUT, RANGE.pack(0, 0, 0), lambda body: answer.layout(body, self._size))
+
+    def suspect(self, ranges: bytes) -> None:
+        """Tell what `unproven` is about: reader.Provable, which says what `ranges` are; INSIDE_RANGES at most."""
+        self._ask(Kind.SUSPECT, RANGE.pack(0, 0, 0) + ranges, answer.nothing)
+        self._suspects = ranges
+
+    def unproven(self, ino: int) -> Unproven | None:
+        """Return what of a directory may differ; None: anything."""
+        return self._ask(Kind.UNPROVEN, RANGE.pack(ino, 0, 0), lambda body: answer.unproven(body, self._size))
+
     def retire(self) -> bool:
         """End the worker if no request is under way; return whether it was ended. The next request starts another."""
         if not self._lock.acquire(blocking=False):
@@ -171,6 +189,8 @@ class Tree:
         try:
             request = OPEN.pack(self._size, self._recover)
             self._root, facts = self._exchange(Kind.OPEN, request, _opened)
+            if self._suspects is not None:
+                self._exchange(Kind.SUSPECT, RANGE.pack(0, 0, 0) + self._suspects, answer.nothing)
         except TreeFault:
             self._end()
             raise

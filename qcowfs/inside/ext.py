@@ -11,12 +11,15 @@ import errno
 import os
 import stat
 import struct
+from array import array
 from collections.abc import Mapping
+from hashlib import sha256
 
-from qcowfs import _extdir, _extmap
+from qcowfs import _extdir, _extmap, limits
 from qcowfs._ext2 import Filesystem
 from qcowfs.inside import jbd2
-from qcowfs.inside.reader import INLINE, Device, Extents, Reader, Unreadable
+from qcowfs.inside.extsuper import SUPER_OFFSET, SUPER_SIZE, without_usage
+from qcowfs.inside.reader import INLINE, Device, Extents, Layout, Reader, Unproven, Unreadable
 from qcowfs.inside.record import INODE, Extent, Inode
 
 __all__ = ["ExtReader", "open_reader"]
@@ -111,6 +114,21 @@ class ExtReader:
 
     def read(self, ino: int, offset: int, length: int) -> bytes:
         raise OSError(errno.EINVAL, "every file of ext has extents")
+
+    def layout(self) -> Layout:
+        """Return where inodes are and what they mean, and the blocks that the journal has."""
+        lasting = without_usage(self._device.read(SUPER_OFFSET, SUPER_SIZE))
+        moved = self._recovery.overlay.covered_ranges() if self._recovery else []
+        if len(moved) > limits.INSIDE_RANGES:
+            raise OSError(errno.E2BIG, "the journal has too many blocks")
+        return Layout(sha256(lasting + self._fs.inode_tables).digest(), moved)
+
+    def suspect(self, ranges: bytes) -> None:
+        self._fs.suspect(array("Q", ranges))
+
+    def unproven(self, ino: int) -> Unproven | None:
+        found = _extdir.unproven(self._fs, _number(ino))
+        return found and Unproven(*found)
 
     def _told(self, ino: int) -> Inode:
         return Inode._make(INODE.unpack(self.stat(ino)))

@@ -11,7 +11,16 @@ from typing import NamedTuple
 from qcowfs._crc32c import crc32c
 from qcowfs.inside.reader import Device, Unreadable
 
-__all__ = ["SUPER_OFFSET", "SUPER_SIZE", "Inode", "Super", "read_inode", "read_super", "without_recover"]
+__all__ = [
+    "SUPER_OFFSET",
+    "SUPER_SIZE",
+    "Inode",
+    "Super",
+    "read_inode",
+    "read_super",
+    "without_recover",
+    "without_usage",
+]
 
 SUPER_OFFSET = 1024
 SUPER_SIZE = 1024
@@ -24,6 +33,25 @@ INCOMPAT_JOURNAL_DEV = 0x8
 INCOMPAT_64BIT = 0x80
 RO_COMPAT_METADATA_CSUM = 0x400
 
+# (offset, bytes) of the fields that say how the file system was used, and nothing of where anything is in it: free
+# blocks and inodes, times, mounts, state, the last check, where it was mounted, orphans, bytes written, errors,
+# overhead, and the checksum over all that.
+USAGE = (
+    (0x0C, 8),
+    (0x2C, 12),
+    (0x3A, 2),
+    (0x40, 4),
+    (0x88, 64),
+    (0xE8, 4),
+    (0x158, 4),
+    (0x178, 8),
+    (0x194, 108),
+    (0x248, 4),
+    (0x274, 8),
+    (0x3FC, 4),
+)
+RO_COMPAT_ORPHAN_PRESENT = 0x10000
+OFFSET_RO_COMPAT = 0x64
 OFFSET_INCOMPAT = 0x60
 OFFSET_CHECKSUM = 0x3FC
 
@@ -122,3 +150,14 @@ def without_recover(raw: bytes) -> bytes:
         checksum = crc32c(0xFFFFFFFF, changed[:OFFSET_CHECKSUM])
         struct.pack_into("<I", changed, OFFSET_CHECKSUM, checksum)
     return bytes(changed)
+
+
+def without_usage(raw: bytes) -> bytes:
+    """Return of the superblock `raw` what stays as it is while the file system is used; zeros for the rest."""
+    lasting = bytearray(raw)
+    for offset, length in USAGE:
+        lasting[offset : offset + length] = bytes(length)
+    for offset, bit in ((OFFSET_INCOMPAT, INCOMPAT_RECOVER), (OFFSET_RO_COMPAT, RO_COMPAT_ORPHAN_PRESENT)):
+        features = struct.unpack_from("<I", raw, offset)[0] & ~bit
+        struct.pack_into("<I", lasting, offset, features)
+    return bytes(lasting)

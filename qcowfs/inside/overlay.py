@@ -54,6 +54,17 @@ class Overlay:
         """Return the blocks that are stored elsewhere, in rising order."""
         return array("Q", heapq.merge(self._blocks, self._made_blocks))
 
+    def covered_ranges(self) -> list[tuple[int, int]]:
+        """Return start and end of them in bytes, as few ranges as that can be."""
+        found: list[tuple[int, int]] = []
+        for block in self.covered():
+            start, end = block * self.block_size, min((block + 1) * self.block_size, self.size)
+            if found and start <= found[-1][1]:
+                found[-1] = found[-1][0], end
+            elif start < end:
+                found.append((start, end))
+        return found
+
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes at `offset`.
 

@@ -8,11 +8,11 @@ anything but the volume.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from qcowfs.inside.record import Extent
 
-__all__ = ["Device", "Extents", "Reader", "Unreadable"]
+__all__ = ["DIGEST", "Device", "Extents", "Layout", "Provable", "Reader", "Unproven", "Unreadable"]
 
 
 class Unreadable(Exception):
@@ -91,3 +91,53 @@ class Reader(Protocol):
 
     def read(self, ino: int, offset: int, length: int) -> bytes:
         """Return `length` bytes at `offset`, fewer only at the end of the file. For files without extents."""
+
+
+DIGEST = 32  # bytes
+
+
+class Layout(NamedTuple):
+    """What two states of a volume must have in common to be compared by their blocks.
+
+    Attributes:
+        digest: DIGEST bytes, equal where all is equal that says where inodes are and what they mean.
+        moved: (start, end) in bytes, in order, of what a recovery lets read as other bytes than the volume's.
+    """
+
+    digest: bytes
+    moved: Sequence[tuple[int, int]]
+
+
+class Unproven(NamedTuple):
+    """What is left to compare of a directory that has the same names for the same inodes in another state.
+
+    Attributes:
+        entries: packed, as of `Reader.entries`: directories, and what may have another inode there.
+        same: all that are told have the same inodes there, too.
+        map: DIGEST bytes: the names are the same only if this is equal there; b"": they are.
+    """
+
+    entries: bytes
+    same: bool
+    map: bytes
+
+
+@runtime_checkable
+class Provable(Protocol):
+    """A Reader that knows which bytes of the volume its answers come from.
+
+    Its inodes prove equal files: none has NO_CHANGE_TIME.
+    """
+
+    def layout(self) -> Layout:
+        """Return what is told before `suspect`."""
+
+    def suspect(self, ranges: bytes) -> None:
+        """Take (start, end) in bytes, two little-endian uint64 each, of what another state may have other bytes in.
+
+        They are in order and do not overlap; what recoveries moved, here or there, is among them. That state has the
+        same `Layout.digest`.
+        """
+
+    def unproven(self, ino: int) -> Unproven | None:
+        """Return what may differ in a directory; None: anything. Nothing that `entries` tells of is damaged if not."""

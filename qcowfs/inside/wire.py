@@ -16,7 +16,21 @@ from collections.abc import Mapping
 
 from qcowfs import limits
 
-__all__ = ["ERROR", "EXTENTS", "HEAD", "OPEN", "PAIR", "RANGE", "WANT", "Kind", "cut", "pack_pairs", "receive", "send"]
+__all__ = [
+    "ERROR",
+    "EXTENTS",
+    "HEAD",
+    "OPEN",
+    "PAIR",
+    "RANGE",
+    "SPAN",
+    "WANT",
+    "Kind",
+    "cut",
+    "pack_pairs",
+    "receive",
+    "send",
+]
 
 HEAD = struct.Struct("<BxHI")  # Kind, number of the request, length of what follows
 OPEN = struct.Struct("<QB")  # size of the volume, whether to recover
@@ -24,6 +38,7 @@ RANGE = struct.Struct("<QQQ")  # inode, and two numbers: offset and length, offs
 WANT = struct.Struct("<QI")  # offset and length in the volume
 ERROR = struct.Struct("<I")  # errno; a text follows
 EXTENTS = struct.Struct("<BQI")  # whether there are any, end, count; the extents and the inline bytes follow
+SPAN = struct.Struct("<QQ")  # start and end in the volume
 PAIR = struct.Struct("<HI")  # lengths of a name and a value, which follow
 
 
@@ -38,6 +53,9 @@ class Kind(enum.IntEnum):
     XATTRS = 6
     EXTENTS = 7
     READ = 8
+    LAYOUT = 9
+    SUSPECT = 10
+    UNPROVEN = 11
     ANSWER = 16
     ERROR = 17
     UNREADABLE = 18

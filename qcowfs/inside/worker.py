@@ -16,9 +16,9 @@ import socket
 from qcowfs import _sandbox, limits
 from qcowfs.inside import answer, readers
 from qcowfs.inside.blocks import Blocks
-from qcowfs.inside.reader import Reader, Unreadable
+from qcowfs.inside.reader import DIGEST, Provable, Reader, Unreadable
 from qcowfs.inside.record import EXTENT
-from qcowfs.inside.wire import ERROR, EXTENTS, OPEN, RANGE, WANT, Kind, cut, pack_pairs, receive, send
+from qcowfs.inside.wire import ERROR, EXTENTS, OPEN, RANGE, SPAN, WANT, Kind, cut, pack_pairs, receive, send
 
 __all__ = ["work"]
 
@@ -106,7 +106,23 @@ class _Worker:
                 return self._extents(reader, ino, first, second)
             case Kind.READ:
                 return reader.read(ino, first, second)
+            case Kind.LAYOUT | Kind.SUSPECT | Kind.UNPROVEN if isinstance(reader, Provable):
+                return self._prove(reader, request, ino, body[RANGE.size :])
         raise OSError(errno.ENOSYS, f"request {request}")
+
+    def _prove(self, reader: Provable, request: int, ino: int, ranges: bytes) -> bytes:
+        if request == Kind.LAYOUT:
+            layout = reader.layout()
+            body = layout.digest + b"".join([SPAN.pack(*span) for span in layout.moved])
+            answer.layout(body, self._size)
+            return body
+        if request == Kind.SUSPECT:
+            reader.suspect(ranges)
+            return b""
+        found = reader.unproven(ino)
+        body = bytes([found.same]) + found.map.ljust(DIGEST, b"\0") + found.entries if found else b""
+        answer.unproven(body, self._size)
+        return body
 
     def _open(self, size: int, recover: int) -> bytes:
         if self._trouble:

@@ -19,8 +19,9 @@ from qcowfs.inside import answer
 from qcowfs.inside.client import Tree
 from qcowfs.inside.launcher import Worker
 from qcowfs.inside.places import Places
+from qcowfs.inside.reader import DIGEST
 from qcowfs.inside.record import ENTRY, EXTENT, INODE, Extent, pack_entry
-from qcowfs.inside.wire import EXTENTS, HEAD, PAIR, WANT, Kind, pack_pairs
+from qcowfs.inside.wire import EXTENTS, HEAD, PAIR, SPAN, WANT, Kind, pack_pairs
 from tests.support.fakereader import inode
 
 SIZE = 1 << 20
@@ -257,3 +258,37 @@ def test_changed_entries_are_refused_or_still_keep_the_rules() -> None:
 def test_pairs_that_lie_are_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match="pair"):
         answer.pairs(body)
+
+
+SPANS = [
+    [(0, 0)],
+    [(10, 9)],
+    [(0, SIZE + 1)],
+    [(0, 10), (9, 20)],
+    [(0, (1 << 64) - 1)],
+    [(number, number + 1) for number in range(limits.INSIDE_RANGES + 1)],
+]
+
+
+@pytest.mark.parametrize("spans", SPANS, ids=range(len(SPANS)))
+def test_a_layout_that_no_volume_has_is_refused(spans: list[tuple[int, int]]) -> None:
+    body = bytes(DIGEST) + b"".join(SPAN.pack(*span) for span in spans)
+    with pytest.raises(ValueError, match=r"range|length"):
+        answer.layout(body, SIZE)
+
+
+@pytest.mark.parametrize("length", [0, DIGEST - 1, DIGEST + 1, DIGEST + SPAN.size - 1])
+def test_a_layout_that_is_cut_off_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match="length"):
+        answer.layout(bytes(length), SIZE)
+
+
+@pytest.mark.parametrize("body", [b"\1", b"\1" + bytes(DIGEST - 1), bytes(DIGEST) + entry()[:-1]])
+def test_what_may_differ_that_is_cut_off_is_refused(body: bytes) -> None:
+    with pytest.raises(ValueError):
+        answer.unproven(body, SIZE)
+
+
+def test_an_answer_where_none_is_is_refused() -> None:
+    with pytest.raises(ValueError, match="where none is"):
+        answer.nothing(b"0")

@@ -17,7 +17,7 @@ ROWS = (
     ("mount", "daemon", "fuse", "follow", "kernelcache", "libfuse", "watcher", "mountpoint", "mountoptions"),
     ("vfs",),
     ("sizes", "restore", "renewal"),
-    ("filediff", "renames", "pointdiff", "history"),
+    ("filediff", "pruning", "renames", "pointdiff", "history"),
     ("inside",),
     ("export",),
     ("snapshot",),

@@ -23,7 +23,7 @@ from tests.support.forgefat import Exfat, Fat
 from tests.support.guests import Guest, make_tree, partitioned_image, volume_group
 from tests.support.images import qemu
 from tests.support.mounts import call
-from tests.support.states import overlays
+from tests.support.states import CLUSTER, overlays, write_differences
 
 __all__ = ["damaged"]
 
@@ -388,6 +388,20 @@ def test_what_did_not_change_costs_little_and_is_not_read(
     assert sum(read) <= 2 * LENGTH, "more than the one file whose time differs"
     assert cli.main(["diff", "--checksum", str(image), *points]) == 1
     assert sum(read) <= FILES * LENGTH / 20, "more than what shares its clusters with something that changed"
+
+
+def test_equal_compressed_clusters_are_not_read(tmp_path: Path, read: list[int]) -> None:
+    raw, after, image = tmp_path / "raw", tmp_path / "after", tmp_path / "image.qcow2"
+    make_tree(raw, 16 * MIB, lambda root: [(root / name).write_bytes(b"abc" * MIB) for name in ("one", "two")])
+    qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", raw, image)
+    qemu("qemu-img", "snapshot", "-c", "before", image)
+    shutil.copy(raw, after)
+    with mounted(after) as root, (root / "two").open("r+b") as file:
+        file.write(b"X")
+    write_differences(raw, after, image)
+
+    assert 1 == cli.main(["diff", "--checksum", str(image), "before", "current"])
+    assert 0 < sum(read) <= 2 * CLUSTER
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import signal
 import socket
 import stat
 
-from qcowfs.inside.reader import INLINE, Device, Extents, Unreadable
+from qcowfs.inside.reader import DIGEST, INLINE, Device, Extents, Layout, Unproven, Unreadable
 from qcowfs.inside.record import Extent, Inode, fill, pack_entry
 
 __all__ = ["NONSENSE", "FakeReader", "inode", "open_reader"]
@@ -29,6 +29,7 @@ class FakeReader:
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.suspects: bytes | None = None
 
     def facts(self) -> dict[str, str]:
         return {"recovery": "none"}
@@ -56,6 +57,20 @@ class FakeReader:
             return pack_entry(b"a/b", inode(7), 1)
         names = range(cookie, MANY)
         return fill((pack_entry(b"file-%06d" % n, inode(n + 10), n + 1, [Extent(0, 4096, n)]) for n in names), room)
+
+    def layout(self) -> Layout:
+        return Layout(b"d" * DIGEST, [(4096, 8192), (8192, self.device.size)])
+
+    def suspect(self, ranges: bytes) -> None:
+        self.suspects = ranges
+
+    def unproven(self, ino: int) -> Unproven | None:
+        """Tell how many bytes `suspect` had, as an inode number; None before it."""
+        if ino == NONSENSE:
+            return Unproven(pack_entry(b"a/b", inode(7), 1), True, b"")
+        if self.suspects is None:
+            return None
+        return Unproven(pack_entry(b"name", inode(10 + len(self.suspects)), 1), False, b"m" * DIGEST)
 
     def readlink(self, ino: int) -> bytes:
         return b"" if ino == NONSENSE else b"/etc/\xff"

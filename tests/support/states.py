@@ -20,7 +20,7 @@ from tests.support.guests import Guest
 from tests.support.images import qemu
 from tests.support.trees import describe
 
-__all__ = ["State", "make_states", "overlays"]
+__all__ = ["CLUSTER", "State", "make_states", "overlays", "seen_by_kernel", "write_differences"]
 
 SIZE = 32 << 20
 CLUSTER = 64 << 10  # of an overlay
@@ -49,11 +49,12 @@ def overlays(directory: Path, image: Path, raws: Sequence[Path]) -> list[str]:
     qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raws[0], layers[0])
     for number in range(1, len(raws)):
         qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", layers[number - 1], "-F", "qcow2", layers[number])
-        _write_differences(raws[number - 1], raws[number], layers[number])
+        write_differences(raws[number - 1], raws[number], layers[number])
     return names
 
 
-def _write_differences(before: Path, after: Path, overlay: Path) -> None:
+def write_differences(before: Path, after: Path, overlay: Path) -> None:
+    """Write to a qcow2 image, as a machine would, what of one raw disk is not the same in another."""
     words: list[str] = []
     piece = overlay.with_suffix(".piece")
     with before.open("rb") as old, after.open("rb") as new:
@@ -78,7 +79,9 @@ def make_states(directory: Path, image: Path, count: int, *, steps: int, seed: i
     raws = [directory / f"state{number}.raw" for number in range(count)]
     for number, raw in enumerate(raws):
         _change(disk, raw, rng, steps, cut=number % 2 == 1)
-    return [State(name, raw, *_kernel(raw)) for name, raw in zip(overlays(directory, image, raws), raws, strict=True)]
+    return [
+        State(name, raw, *seen_by_kernel(raw)) for name, raw in zip(overlays(directory, image, raws), raws, strict=True)
+    ]
 
 
 def _change(disk: Path, raw: Path, rng: random.Random, steps: int, *, cut: bool) -> None:
@@ -97,7 +100,8 @@ def _change(disk: Path, raw: Path, rng: random.Random, steps: int, *, cut: bool)
         shutil.copyfile(disk, raw)
 
 
-def _kernel(raw: Path) -> tuple[dict[bytes, int], Guest]:
+def seen_by_kernel(raw: Path) -> tuple[dict[bytes, int], Guest]:
+    """Return the inode number of each path, and what the kernel shows of it."""
     copy = raw.with_suffix(".copy")  # a journal that is replayed changes it
     shutil.copyfile(raw, copy)
     with mounted(copy, "rw,noatime") as at:

@@ -21,7 +21,7 @@ from qcowfs.inside import readers
 from qcowfs.inside.blocks import Blocks
 from qcowfs.inside.client import Tree
 from qcowfs.inside.launcher import Launcher
-from qcowfs.inside.reader import INLINE
+from qcowfs.inside.reader import DIGEST, INLINE
 from qcowfs.inside.record import ENTRY, INODE, Extent
 from tests.support import fakereader
 from tests.support.workers import children, eventually, is_alive, launcher_pid, pid_of
@@ -138,8 +138,9 @@ def test_a_slip_of_the_reader_ends_one_request(tree: Tree, name: bytes, number: 
         lambda tree: tree.readlink(fakereader.NONSENSE),
         lambda tree: tree.xattrs(fakereader.NONSENSE),
         lambda tree: tree.extents(fakereader.NONSENSE, 0, 9),
+        lambda tree: tree.unproven(fakereader.NONSENSE),
     ],
-    ids=["stat", "entries", "readlink", "xattrs", "extents"],
+    ids=["stat", "entries", "readlink", "xattrs", "extents", "unproven"],
 )
 def test_nonsense_of_a_damaged_volume_ends_one_request(tree: Tree, ask: Callable[[Tree], object]) -> None:
     tree.stat(7)
@@ -151,6 +152,21 @@ def test_nonsense_of_a_damaged_volume_ends_one_request(tree: Tree, ask: Callable
     assert "crashed" not in str(caught.value)
     assert fakereader.inode(7) == tree.stat(7)
     assert worker == pid_of(tree)
+
+
+def test_every_worker_is_told_what_is_suspect(tree: Tree) -> None:
+    layout = tree.layout()
+    untold = tree.unproven(7)
+    tree.suspect(bytes(32))
+    told = tree.unproven(7)
+    tree.retire()
+
+    assert (b"d" * DIGEST, [(4096, 8192), (8192, SIZE)]) == layout
+    assert untold is None
+    assert told is not None
+    assert (False, b"m" * DIGEST) == told[1:]
+    assert fakereader.inode(42) in told.entries
+    assert told == tree.unproven(7)
 
 
 def test_a_volume_that_cannot_be_read_is_opened_once(launcher: Launcher) -> None:

@@ -110,3 +110,13 @@ def test_the_checksum_is_castagnolis() -> None:
     for cut in range(0, 1000, 37):
         assert crc32c(1, data) == crc32c(crc32c(1, data[:cut]), memoryview(data)[cut:])
     assert 5 == crc32c(5, b"")
+
+
+def test_what_is_covered_is_told_in_few_ranges() -> None:
+    device = Memory()
+    blocks = array("Q", [2, 3, 9])
+    laid = Overlay(device, BLOCK, blocks, array("Q", [20, 40, 60]))
+    laid.put(4, bytes(BLOCK))
+    laid.put(11, bytes(BLOCK))
+
+    assert [(2 * BLOCK, 5 * BLOCK), (9 * BLOCK, 10 * BLOCK), (11 * BLOCK, 12 * BLOCK)] == laid.covered_ranges()
