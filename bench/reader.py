@@ -79,9 +79,11 @@ def sequential_offsets(runs: list[tuple[int, int]]) -> list[int]:
     return [place for start, length in runs for place in range(start, start + length - LARGE + 1, LARGE)]
 
 
-def offset_list(raw: Path, directory: Path, *, sequential: bool) -> OffsetList:
-    """Write the list of offsets in `raw`, with the witnesses of what is there."""
+def offset_list(raw: Path, directory: Path, *, sequential: bool, most: int = 0) -> OffsetList:
+    """Write the list of offsets in `raw`, with the witnesses of what is there; of its first `most` bytes, unless 0."""
     runs = data_runs(raw)
+    if most:
+        runs = [(start, min(length, most - start)) for start, length in runs if start < most]
     offsets = sequential_offsets(runs) if sequential else random_offsets(runs, LISTED)
     block = LARGE if sequential else SMALL
     path = directory / f"offsets-{block}"
