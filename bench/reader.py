@@ -84,7 +84,8 @@ def offset_list(raw: Path, directory: Path, *, sequential: bool, most: int = 0) 
     runs = data_runs(raw)
     if most:
         runs = [(start, min(length, most - start)) for start, length in runs if start < most]
-    offsets = sequential_offsets(runs) if sequential else random_offsets(runs, LISTED)
+    listed = min(LISTED, sum(length for _, length in runs) // SMALL)
+    offsets = sequential_offsets(runs) if sequential else random_offsets(runs, listed)
     block = LARGE if sequential else SMALL
     path = directory / f"offsets-{block}"
     path.write_bytes(b"".join(struct.pack("=QQ", offset, 0) for offset in offsets))
