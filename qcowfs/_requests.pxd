@@ -35,9 +35,10 @@ cdef enum news_kind:
 
 
 cdef enum:  # reader_t.awake
-    ASLEEP  # futex_wait waits for any other
+    ASLEEP  # in futex_wait, which waits for any other
     ANSWERED
     CALLED
+    BUSY  # with something else than waiting: nobody has to wake it
 
 cdef struct reader_t:  # gone as soon as `awake` is ANSWERED
     uint32_t awake  # atomic, a futex; ANSWERED: all requests are DONE; CALLED: it may take the wheel

@@ -179,7 +179,7 @@ cdef int64_t ask(queue_t* queue, request_t* requests, uint32_t count) noexcept n
     cdef uint32_t i
     cdef bint first
     cdef int error
-    reader.awake = 0
+    reader.awake = BUSY
     reader.missing = count
     reader.error = 0
     pthread_mutex_lock(&queue.mutex)
@@ -220,9 +220,10 @@ cdef bint is_answered(queue_t* queue, reader_t* reader) noexcept nogil:
 cdef bint lead(queue_t* queue, reader_t* reader) noexcept nogil:
     """Talk to the server until the reader has its answer; False: somebody else does, or has to."""
     cdef bint well = True
-    cdef bint answered = False
+    cdef bint answered
     if queue.turn == NULL or atomic_exchange(&queue.wheel, 1):
         return False
+    answered = atomic_exchange(&reader.awake, BUSY) == ANSWERED
     while well and not answered:
         well = not queue_failed(queue) and queue.turn(queue.argument)
         answered = atomic_load(&reader.awake) == ANSWERED
@@ -235,9 +236,9 @@ cdef bint lead(queue_t* queue, reader_t* reader) noexcept nogil:
     return answered
 
 
-cdef void call(uint32_t* word, uint32_t value) noexcept nogil:
-    atomic_store(word, value)
-    futex_wake(word)
+cdef inline void call(uint32_t* word, uint32_t value) noexcept nogil:
+    if atomic_exchange(word, value) == ASLEEP:
+        futex_wake(word)
 
 
 cdef void call_reader(queue_t* queue) noexcept nogil:
