@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import blocks, exports, reader, remotes, rivals, trees
+from bench import blocks, exports, objects, reader, remotes, rivals, trees
 from bench.contents import NEEDLE, NEEDLES
 from bench.figures import Figures
 from bench.images import Image, Images
@@ -30,6 +30,8 @@ from bench.works import (
     FORMS,
     GREP,
     INSIDE,
+    OBJECT_BYTES,
+    OBJECTS,
     RANDOM,
     REMOTE_SEQUENTIAL,
     REMOTES,
@@ -78,7 +80,7 @@ class Turns:
                     take_turn(stand, number, found)
             for stand in stands:
                 fits = stand.name in found.samples and stand.image.name == work.image
-                if fits and work.kind not in (FIRST_BYTE, DIFF, EXPORT, *INSIDE, *REMOTES):
+                if fits and work.kind not in (FIRST_BYTE, DIFF, EXPORT, *INSIDE, *REMOTES, *OBJECTS):
                     found.memory[stand.name] = rivals.peak_memory(stand.directory)
         found.memory.pop(rivals.RAW, None)
         return found
@@ -87,6 +89,7 @@ class Turns:
         """Return what puts up the rivals of such works."""
         special = {DIFF: self._blocks, EXPORT: self._exports}
         special |= dict.fromkeys(INSIDE, self._trees) | dict.fromkeys(REMOTES, self._remotes)
+        special |= dict.fromkeys(OBJECTS, self._objects)
         return special.get(kind, self._stands)
 
     def _stands(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
@@ -126,6 +129,12 @@ class Turns:
         most = 0 if work.cold else remotes.WARM
         offsets = prepared(image, directory, sequential=work.kind == REMOTE_SEQUENTIAL, most=most)
         for name, turn in remotes.turns(work, image, offsets, stack, directory, self._seconds).items():
+            yield Stand(name, directory, directory, image, turn)
+
+    def _objects(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
+        """Start an object store with the image; its steps take the rivals' places."""
+        image = self._images.get(work.image)
+        for name, turn in objects.turns(image, stack, directory, work.kind == OBJECT_BYTES).items():
             yield Stand(name, directory, directory, image, turn)
 
     def _exports(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:

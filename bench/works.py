@@ -13,6 +13,8 @@ INSIDE = (FIND, COPY_ALL, FIRST_LIST)  # works with the files inside an image: b
 DIFF = "diff"  # comparing two points byte by byte: bench/blocks.py
 REMOTE_RANDOM, REMOTE_SEQUENTIAL = "remote-random", "remote-sequential"  # an image on a server: bench/remotes.py
 REMOTES = (REMOTE_RANDOM, REMOTE_SEQUENTIAL)
+OBJECT_REQUESTS, OBJECT_BYTES = "object-requests", "object-bytes"  # what one in an object store costs: bench/objects.py
+OBJECTS = (OBJECT_REQUESTS, OBJECT_BYTES)
 EXPORT = "export"  # writing a point to a file: bench/exports.py
 CONVERT = "qemu-img convert"
 WITH_STARTS = (FIRST_BYTE, EXPORT)  # works that an image's name alone does not choose
@@ -33,12 +35,13 @@ TITLES = {
     "ext4": "ext4",
     "churn": "two snapshots of 4 GiB, 2 % written between them",
     "churn8": "two snapshots of 8 GiB, 2 % written between them",
+    "10gib": "ext4 of 10 GiB with 100 MB of small files",
     "1tib": "1 TiB virtual, 1 GiB of data, and its copy",
 }
 UNITS = {
     **{RANDOM: "reads/s", SEQUENTIAL: "MiB/s", GREP: "s", COPY: "s", FIRST_BYTE: "ms", EXPORT: "s"},
     **{FIND: "s", COPY_ALL: "s", FIRST_LIST: "ms", DIFF: "s"},
-    **{REMOTE_RANDOM: "reads/s", REMOTE_SEQUENTIAL: "MiB/s"},
+    **{REMOTE_RANDOM: "reads/s", REMOTE_SEQUENTIAL: "MiB/s", OBJECT_REQUESTS: "requests", OBJECT_BYTES: "bytes"},
 }
 EXPORT_MEMORY = 256 << 20  # bytes of an export at its peak
 MEMORY_GOAL = 96 << 20  # bytes of the daemon at its peak, over all works
@@ -82,7 +85,7 @@ class Work:
     """One table of figures.
 
     Attributes:
-        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, DIFF, EXPORT, or one of INSIDE or REMOTES.
+        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, DIFF, EXPORT, or one of INSIDE, REMOTES or OBJECTS.
         image: a recipe's name in bench/images.py.
         goals: what the project promises; empty where a work only shows something.
         references: rivals beside qcowfs and its peers.
@@ -122,19 +125,22 @@ class Work:
             DIFF: f"where two points differ: {image}",
             REMOTE_RANDOM: f"4 KiB random over {self.server}, {time}, {jobs}: {image}",
             REMOTE_SEQUENTIAL: f"sequential 1 MiB over {self.server}, {time}: {image}",
+            OBJECT_REQUESTS: f"requests to an object store: {image}",
+            OBJECT_BYTES: f"bytes of an object store: {image}",
             EXPORT: f"export as {FORMS[self.form].title}: {image}" if self.form else "",
         }[self.kind]
 
     @property
     def rivals(self) -> tuple[str, ...]:
         """Return the names of those that are compared."""
-        alone = self.kind in (DIFF, EXPORT, *INSIDE, *REMOTES)
+        alone = self.kind in (DIFF, EXPORT, *INSIDE, *REMOTES, *OBJECTS)
         return self.references if alone else (OURS, PLAIN_PATH, *PEERS, *self.references)
 
     def is_asked_for(self, words: list[str]) -> bool:
         """Return whether it fits one of the words: KIND, IMAGE, KIND-IMAGE, "inside"; IMAGE means its reads alone."""
         named = {self.kind, f"{self.kind}-{self.image}"} | ({self.image} if self.kind not in WITH_STARTS else set())
         named |= {"inside"} if self.kind in INSIDE else {"remote", self.server} if self.kind in REMOTES else set()
+        named |= {"object"} if self.kind in OBJECTS else set()
         return not words or bool(named & set(words))
 
 
@@ -194,6 +200,7 @@ WORKS = [
     *(Work(DIFF, image, (Goal(COMPARE, 20.0), Goal(CMP, 20.0)), (OURS, COMPARE, CMP)) for image in ("churn", "churn8")),
     Work(DIFF, "1tib", references=(OURS, COMPARE), most=2.0),
     *(work for server in ("iSCSI", "NBD", "HTTP") for work in remote(server)),
+    *(Work(kind, "10gib") for kind in OBJECTS),
     export("plain", "raw", 1.5),
     export("plain", "qcow2", 1.5),
     export("plain", "raw-shared", 1.5),
