@@ -41,7 +41,7 @@ def main() -> int:
 def parsed() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(prog="make bench BENCH='...'", description=__doc__, allow_abbrev=False)
-    kinds = "random, sequential, grep, copy, first-byte, diff, export, inside, luns"
+    kinds = "random, sequential, grep, copy, first-byte, diff, export, inside, remote, iSCSI, object"
     names = f"{kinds}, an image (plain, zlib, ...), or both (copy-half)"
     parser.add_argument("--only", nargs="+", default=[], metavar="WORK", help=f"measure these alone: {names}")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each rival (default: %(default)s)")

@@ -200,6 +200,11 @@ def ext4(path: Path, images: Images) -> None:
     converted(path, lambda raw: contents.write_file_system(raw, 512 * MIB, 200_000_000))
 
 
+def ten_gib(path: Path, images: Images) -> None:
+    """An ext4 of 10 GiB with 100 MB of small files: what a store that keeps objects in memory takes."""
+    converted(path, lambda raw: contents.write_file_system(raw, 10 * GIB, 100_000_000))
+
+
 RECIPES: dict[str, Callable[[Path, Images], None]] = {
     "plain": plain,
     "half": half,
@@ -210,6 +215,7 @@ RECIPES: dict[str, Callable[[Path, Images], None]] = {
     "chain40": chain(40),
     "snapshots": snapshots,
     **{name: churn(size) for name, size in CHURNED.items()},
+    "10gib": ten_gib,
     "1tib": one_tib,
     "4tib": four_tib,
     "12tib": twelve_tib,

@@ -79,10 +79,13 @@ def sequential_offsets(runs: list[tuple[int, int]]) -> list[int]:
     return [place for start, length in runs for place in range(start, start + length - LARGE + 1, LARGE)]
 
 
-def offset_list(raw: Path, directory: Path, *, sequential: bool) -> OffsetList:
-    """Write the list of offsets in `raw`, with the witnesses of what is there."""
+def offset_list(raw: Path, directory: Path, *, sequential: bool, most: int = 0) -> OffsetList:
+    """Write the list of offsets in `raw`, with the witnesses of what is there; of its first `most` bytes, unless 0."""
     runs = data_runs(raw)
-    offsets = sequential_offsets(runs) if sequential else random_offsets(runs, LISTED)
+    if most:
+        runs = [(start, min(length, most - start)) for start, length in runs if start < most]
+    listed = min(LISTED, sum(length for _, length in runs) // SMALL)
+    offsets = sequential_offsets(runs) if sequential else random_offsets(runs, listed)
     block = LARGE if sequential else SMALL
     path = directory / f"offsets-{block}"
     path.write_bytes(b"".join(struct.pack("=QQ", offset, 0) for offset in offsets))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import blocks, exports, luns, reader, rivals, trees
+from bench import blocks, exports, objects, reader, remotes, rivals, trees
 from bench.contents import NEEDLE, NEEDLES
 from bench.figures import Figures
 from bench.images import Image, Images
@@ -30,9 +30,11 @@ from bench.works import (
     FORMS,
     GREP,
     INSIDE,
-    LUN_SEQUENTIAL,
-    LUNS,
+    OBJECT_BYTES,
+    OBJECTS,
     RANDOM,
+    REMOTE_SEQUENTIAL,
+    REMOTES,
     SEQUENTIAL,
     Work,
 )
@@ -70,7 +72,7 @@ class Turns:
 
     def figures(self, work: Work) -> Figures:
         """Return the figures of a work; raises WrongContentError where qcowfs itself shows something wrong."""
-        found = Figures(more_is_better=work.kind in (RANDOM, SEQUENTIAL, *LUNS))
+        found = Figures(more_is_better=work.kind in (RANDOM, SEQUENTIAL, *REMOTES))
         with tempfile.TemporaryDirectory(dir=self._scratch) as name, ExitStack() as stack:
             stands = list(self._ready(work.kind)(work, Path(name), stack, found))
             for number in range(self._rounds):
@@ -78,7 +80,7 @@ class Turns:
                     take_turn(stand, number, found)
             for stand in stands:
                 fits = stand.name in found.samples and stand.image.name == work.image
-                if fits and work.kind not in (FIRST_BYTE, DIFF, EXPORT, *INSIDE, *LUNS):
+                if fits and work.kind not in (FIRST_BYTE, DIFF, EXPORT, *INSIDE, *REMOTES, *OBJECTS):
                     found.memory[stand.name] = rivals.peak_memory(stand.directory)
         found.memory.pop(rivals.RAW, None)
         return found
@@ -86,7 +88,8 @@ class Turns:
     def _ready(self, kind: str) -> Callable[[Work, Path, ExitStack, Figures], Iterable[Stand]]:
         """Return what puts up the rivals of such works."""
         special = {DIFF: self._blocks, EXPORT: self._exports}
-        special |= dict.fromkeys(INSIDE, self._trees) | dict.fromkeys(LUNS, self._luns)
+        special |= dict.fromkeys(INSIDE, self._trees) | dict.fromkeys(REMOTES, self._remotes)
+        special |= dict.fromkeys(OBJECTS, self._objects)
         return special.get(kind, self._stands)
 
     def _stands(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
@@ -120,11 +123,18 @@ class Turns:
         for name, turn in blocks.turns(image, stack, directory, found).items():
             yield Stand(name, directory, directory, image, turn)
 
-    def _luns(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
-        """Start a target with the image, to compare those that read it from there."""
+    def _remotes(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
+        """Start a server with the image, to compare those that read it from there."""
         image = self._images.get(work.image)
-        offsets = prepared(image, directory, sequential=work.kind == LUN_SEQUENTIAL)
-        for name, turn in luns.turns(work, image, offsets, stack, directory, self._seconds).items():
+        most = 0 if work.cold else remotes.WARM
+        offsets = prepared(image, directory, sequential=work.kind == REMOTE_SEQUENTIAL, most=most)
+        for name, turn in remotes.turns(work, image, offsets, stack, directory, self._seconds).items():
+            yield Stand(name, directory, directory, image, turn)
+
+    def _objects(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
+        """Start an object store with the image; its steps take the rivals' places."""
+        image = self._images.get(work.image)
+        for name, turn in objects.turns(image, stack, directory, work.kind == OBJECT_BYTES).items():
             yield Stand(name, directory, directory, image, turn)
 
     def _exports(self, work: Work, directory: Path, stack: ExitStack, found: Figures) -> Iterable[Stand]:
@@ -168,12 +178,12 @@ class Turns:
         return partial(copy, file, image.raw)
 
 
-def prepared(image: Image, directory: Path, *, sequential: bool) -> OffsetList:
-    """Return the list of offsets of an image whose files the host now has in memory."""
+def prepared(image: Image, directory: Path, *, sequential: bool, most: int = 0) -> OffsetList:
+    """Return the list of offsets of an image whose files the host now has in memory; `most` as of `offset_list`."""
     reader.warm([*image.files(), image.raw])
     below = directory / f"{image.name}.lists"
     below.mkdir()
-    return reader.offset_list(image.raw, below, sequential=sequential)
+    return reader.offset_list(image.raw, below, sequential=sequential, most=most)
 
 
 def take_turn(stand: Stand, number: int, found: Figures) -> None:

@@ -11,8 +11,10 @@ RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE = "random", "sequential", "grep", "co
 FIND, COPY_ALL, FIRST_LIST = "find", "copy-all", "first-list"
 INSIDE = (FIND, COPY_ALL, FIRST_LIST)  # works with the files inside an image: bench/trees.py
 DIFF = "diff"  # comparing two points byte by byte: bench/blocks.py
-LUN_RANDOM, LUN_SEQUENTIAL = "lun-random", "lun-sequential"  # an image on an iSCSI target: bench/luns.py
-LUNS = (LUN_RANDOM, LUN_SEQUENTIAL)
+REMOTE_RANDOM, REMOTE_SEQUENTIAL = "remote-random", "remote-sequential"  # an image on a server: bench/remotes.py
+REMOTES = (REMOTE_RANDOM, REMOTE_SEQUENTIAL)
+OBJECT_REQUESTS, OBJECT_BYTES = "object-requests", "object-bytes"  # what one in an object store costs: bench/objects.py
+OBJECTS = (OBJECT_REQUESTS, OBJECT_BYTES)
 EXPORT = "export"  # writing a point to a file: bench/exports.py
 CONVERT = "qemu-img convert"
 WITH_STARTS = (FIRST_BYTE, EXPORT)  # works that an image's name alone does not choose
@@ -33,12 +35,13 @@ TITLES = {
     "ext4": "ext4",
     "churn": "two snapshots of 4 GiB, 2 % written between them",
     "churn8": "two snapshots of 8 GiB, 2 % written between them",
+    "10gib": "ext4 of 10 GiB with 100 MB of small files",
     "1tib": "1 TiB virtual, 1 GiB of data, and its copy",
 }
 UNITS = {
     **{RANDOM: "reads/s", SEQUENTIAL: "MiB/s", GREP: "s", COPY: "s", FIRST_BYTE: "ms", EXPORT: "s"},
     **{FIND: "s", COPY_ALL: "s", FIRST_LIST: "ms", DIFF: "s"},
-    **{LUN_RANDOM: "reads/s", LUN_SEQUENTIAL: "MiB/s"},
+    **{REMOTE_RANDOM: "reads/s", REMOTE_SEQUENTIAL: "MiB/s", OBJECT_REQUESTS: "requests", OBJECT_BYTES: "bytes"},
 }
 EXPORT_MEMORY = 256 << 20  # bytes of an export at its peak
 MEMORY_GOAL = 96 << 20  # bytes of the daemon at its peak, over all works
@@ -82,14 +85,16 @@ class Work:
     """One table of figures.
 
     Attributes:
-        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, DIFF, EXPORT, or one of INSIDE or LUNS.
+        kind: RANDOM, SEQUENTIAL, GREP, COPY, FIRST_BYTE, DIFF, EXPORT, or one of INSIDE, REMOTES or OBJECTS.
         image: a recipe's name in bench/images.py.
         goals: what the project promises; empty where a work only shows something.
         references: rivals beside qcowfs and its peers.
         jobs: readers at once.
         most: what the median of qcowfs must not exceed, in the work's unit; 0: nothing is promised.
         form: of an export, a key of FORMS.
-        cold: drop what the kernel keeps of the rival's file before each turn.
+        server: of an image that is not on this machine, a key of remotes.SERVERS.
+        cold: drop what the kernel keeps of the rival's file before each turn; of an image on a server, measure the
+            first reads after the mount rather than the same ones again.
     """
 
     kind: str
@@ -99,6 +104,7 @@ class Work:
     jobs: int = 1
     most: float = 0
     form: str = ""
+    server: str = ""
     cold: bool = True
 
     @property
@@ -106,31 +112,35 @@ class Work:
         """Return the heading of its table."""
         image = TITLES[self.image]
         jobs = f"{self.jobs} job{'s' if self.jobs > 1 else ''}"
+        time = f"{'first' if self.cold else 'second'} time"
         return {
             RANDOM: f"4 KiB random, {jobs}: {image}",
             SEQUENTIAL: f"sequential 1 MiB: {image}",
-            GREP: f"loop mount and grep -r of an ext4, {'first' if self.cold else 'second'} time",
+            GREP: f"loop mount and grep -r of an ext4, {time}",
             COPY: f"cp --sparse=auto: {image}",
             FIRST_BYTE: f"mount to first byte: {image}",
             FIND: f"find -ls of all files inside: {image}",
             COPY_ALL: f"cp -a of all files inside: {image}",
             FIRST_LIST: f"mount to first listing of the files inside: {image}",
             DIFF: f"where two points differ: {image}",
-            LUN_RANDOM: f"4 KiB random after the mount, {jobs}: {image} on an iSCSI target",
-            LUN_SEQUENTIAL: f"sequential 1 MiB after the mount: {image} on an iSCSI target",
+            REMOTE_RANDOM: f"4 KiB random over {self.server}, {time}, {jobs}: {image}",
+            REMOTE_SEQUENTIAL: f"sequential 1 MiB over {self.server}, {time}: {image}",
+            OBJECT_REQUESTS: f"requests to an object store: {image}",
+            OBJECT_BYTES: f"bytes of an object store: {image}",
             EXPORT: f"export as {FORMS[self.form].title}: {image}" if self.form else "",
         }[self.kind]
 
     @property
     def rivals(self) -> tuple[str, ...]:
         """Return the names of those that are compared."""
-        alone = self.kind in (DIFF, EXPORT, *INSIDE, *LUNS)
+        alone = self.kind in (DIFF, EXPORT, *INSIDE, *REMOTES, *OBJECTS)
         return self.references if alone else (OURS, PLAIN_PATH, *PEERS, *self.references)
 
     def is_asked_for(self, words: list[str]) -> bool:
         """Return whether it fits one of the words: KIND, IMAGE, KIND-IMAGE, "inside"; IMAGE means its reads alone."""
         named = {self.kind, f"{self.kind}-{self.image}"} | ({self.image} if self.kind not in WITH_STARTS else set())
-        named |= {"inside"} if self.kind in INSIDE else {"luns"} if self.kind in LUNS else set()
+        named |= {"inside"} if self.kind in INSIDE else {"remote", self.server} if self.kind in REMOTES else set()
+        named |= {"object"} if self.kind in OBJECTS else set()
         return not words or bool(named & set(words))
 
 
@@ -157,6 +167,16 @@ def export(image: str, form: str, times: float) -> Work:
     return Work(EXPORT, image, goals, (OURS, CONVERT), form=form)
 
 
+def remote(server: str) -> list[Work]:
+    """Return the works of an image on a server: as fast as QEMU's own driver the first time, and faster the second."""
+    asked = ((REMOTE_RANDOM, 1), (REMOTE_RANDOM, 4), (REMOTE_SEQUENTIAL, 1))
+    return [
+        Work(kind, "plain", peers(1.0 if cold else 3.0), (OURS, QEMU), jobs, server=server, cold=cold)
+        for cold in (True, False)
+        for kind, jobs in asked
+    ]
+
+
 NEAR_LIMIT = (Goal(LIMIT, 0.9),)
 GREP_GOALS = (Goal(BEST_PEER, 1.0), Goal(RAW, 1 / 1.3))
 SOON = (Goal(EMPTY, 1 / 1.2),)
@@ -179,8 +199,8 @@ WORKS = [
     *(Work(FIRST_BYTE, image, SOON, (EMPTY,)) for image in ("plain", "thousand", "12tib")),
     *(Work(DIFF, image, (Goal(COMPARE, 20.0), Goal(CMP, 20.0)), (OURS, COMPARE, CMP)) for image in ("churn", "churn8")),
     Work(DIFF, "1tib", references=(OURS, COMPARE), most=2.0),
-    *(Work(LUN_RANDOM, "plain", peers(1.0), (OURS, QEMU), jobs) for jobs in (1, 4)),
-    Work(LUN_SEQUENTIAL, "plain", peers(1.0), (OURS, QEMU)),
+    *(work for server in ("iSCSI", "NBD", "HTTP") for work in remote(server)),
+    *(Work(kind, "10gib") for kind in OBJECTS),
     export("plain", "raw", 1.5),
     export("plain", "qcow2", 1.5),
     export("plain", "raw-shared", 1.5),

@@ -11,6 +11,7 @@ from qcowfs._streams cimport streams_t
 
 cdef enum:
     RUN = 16  # blocks that are asked for at once: 1 MiB
+    TOUCHED = 256  # blocks that are remembered for having been touched: what is read at random of one disk passes by soon
 
 
 cdef struct shared_t:
@@ -31,6 +32,8 @@ cdef struct blocks_t:
     uint32_t identity  # of the BlockSource
     uint64_t size  # of the base when it was opened
     const blockfile_t* kept  # where blocks are kept on disk; NULL: nowhere
+    bint near  # to ask for a page is cheaper than to ask for a block; never with `kept`
+    uint64_t touched[TOUCHED]  # atomic, by its number: the last block of which a page was asked for, + 1
     void* directory  # the CacheDirectory, borrowed from the BlockSource
     statuses_t statuses
     uint32_t readers  # atomic: reads that are under way

@@ -13,17 +13,20 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 
 from qcowfs._blockfile cimport BLOCK, blockfile_read, blockfile_write
 from qcowfs._cache cimport (
-    KIND_BLOCK, STATE_FAILED, STATE_LOADING, cache_abandon, cache_acquire, cache_begin, cache_find, cache_forget,
-    cache_peek, cache_publish, cache_release, entry_t,
+    KIND_BLOCK, KIND_PAGE, STATE_FAILED, STATE_LOADING, cache_abandon, cache_acquire, cache_begin, cache_find,
+    cache_forget, cache_peek, cache_publish, cache_release, entry_kind, entry_t,
 )
 from qcowfs._interruptible cimport in_main_thread, read_interruptibly
 from qcowfs._pool cimport MOST_THREADS, pool_add, pool_drain
 from qcowfs._source cimport source_t
 from qcowfs._statuses cimport statuses_ask
 from qcowfs._streams cimport streams_follow
-from qcowfs.clib.atomic cimport atomic_add, atomic_add_64, atomic_load, atomic_subtract
+from qcowfs.clib.atomic cimport (
+    atomic_add, atomic_add_64, atomic_load, atomic_load_64, atomic_store_64, atomic_subtract,
+)
 
 cdef enum:
+    PAGE = 4096  # bytes: what a random reader asks for
     QUICK_NS = 2000000000  # a failure that came sooner is of some block, and not a server that does not answer
     WAIT_NS = 1000000  # between two looks whether the last reader has gone
 
@@ -57,13 +60,10 @@ cdef int64_t blocks_pread(const source_t* source, void* buffer, uint64_t length,
 
 
 cdef bint is_there(blocks_t* blocks, uint64_t length, uint64_t offset) noexcept nogil:
-    cdef entry_t* entry
     cdef uint64_t number
     for number in range(offset // BLOCK, (offset + length - 1) // BLOCK + 1):
-        entry = cache_peek(blocks.shared.cache, KIND_BLOCK, blocks.identity, number)
-        if entry == NULL:
+        if not has(blocks, KIND_BLOCK, number):
             return False
-        cache_release(blocks.shared.cache, entry)
     return True
 
 
@@ -79,55 +79,90 @@ cdef int64_t blocks_end(const source_t* source) noexcept nogil:
 cdef int64_t read_all(void* owner, void* buffer, uint64_t length, uint64_t offset) noexcept nogil:
     cdef blocks_t* blocks = <blocks_t*>owner
     cdef uint64_t end = offset + length
-    cdef uint64_t done = 0
+    cdef uint64_t handed_out = 0
     cdef uint64_t piece
     cdef uint64_t start
     cdef uint64_t upto
-    cdef uint64_t handed_out = 0
     cdef int failure
     if atomic_load(&blocks.closing):
         return -EBADF
     if streams_follow(&blocks.shared.streams, blocks.identity, offset, end, blocks.size, &start, &upto):
         hand_out(blocks, start // BLOCK, (upto - 1) // BLOCK, False)
-    while done < length:
-        piece = min(BLOCK - (offset + done) % BLOCK, length - done)
-        failure = read_piece(blocks, <unsigned char*>buffer + done, piece, offset + done, end, &handed_out)
+    while offset < end:
+        piece = min(BLOCK - offset % BLOCK, end - offset)
+        if wants_page(blocks, piece, offset):
+            failure = read_piece(blocks, KIND_PAGE, <unsigned char*>buffer, PAGE, offset, offset + piece, &handed_out)
+            piece = PAGE
+        else:
+            failure = read_piece(blocks, KIND_BLOCK, <unsigned char*>buffer, piece, offset, end, &handed_out)
         if failure:
             return -failure
-        done += piece
+        buffer = <unsigned char*>buffer + piece
+        offset += piece
     return <int64_t>length
 
 
+cdef bint wants_page(blocks_t* blocks, uint64_t length, uint64_t offset) noexcept nogil:
+    """Return whether this read of a block is a random reader's: it gets the page at `offset`, and not all of the block.
+
+    He reads whole pages, and few of a block; then they are all of it that is worth its way. What reads tables, or what
+    is compressed, reads in other pieces, and wants the neighbours next.
+    """
+    cdef uint64_t number = offset // BLOCK
+    cdef uint64_t* touched = &blocks.touched[number % TOUCHED]
+    if not blocks.near or length == BLOCK or (offset | length) % PAGE or has(blocks, KIND_BLOCK, number):
+        return False
+    if has(blocks, KIND_PAGE, offset // PAGE):
+        return True
+    if atomic_load_64(touched) == number + 1:
+        return False
+    atomic_store_64(touched, number + 1)
+    return True
+
+
+cdef inline bint has(blocks_t* blocks, entry_kind kind, uint64_t number) noexcept nogil:
+    cdef entry_t* entry = cache_peek(blocks.shared.cache, kind, blocks.identity, number)
+    if entry == NULL:
+        return False
+    cache_release(blocks.shared.cache, entry)
+    return True
+
+
+cdef inline uint64_t size_of(entry_kind kind) noexcept nogil:
+    return <uint64_t>PAGE if kind == KIND_PAGE else <uint64_t>BLOCK
+
+
 cdef int read_piece(
-    blocks_t* blocks, unsigned char* buffer, uint64_t length, uint64_t offset, uint64_t end,
+    blocks_t* blocks, entry_kind kind, unsigned char* buffer, uint64_t length, uint64_t offset, uint64_t end,
     uint64_t* handed_out) noexcept nogil:
-    """Read what is wanted of one block. Returns 0 or an errno.
+    """Read what is wanted of one block, or of one page. Returns 0 or an errno.
 
     `end` is that of the whole read, of which helpers were given the blocks before `handed_out`.
     """
     cdef shared_t* shared = blocks.shared
-    cdef uint64_t number = offset // BLOCK
-    cdef entry_t* entry = cache_find(shared.cache, KIND_BLOCK, blocks.identity, number)
+    cdef uint64_t number = offset // size_of(kind)
+    cdef uint64_t last = (end - 1) // size_of(kind)
+    cdef entry_t* entry = cache_find(shared.cache, kind, blocks.identity, number)
     cdef timespec begin
     cdef int failure
     if entry != NULL:
         atomic_add_64(&shared.hits, 1)
     else:
         clock_gettime(CLOCK_MONOTONIC, &begin)
-        entry = cache_acquire(shared.cache, KIND_BLOCK, blocks.identity, number, BLOCK)
+        entry = cache_acquire(shared.cache, kind, blocks.identity, number, size_of(kind))
         if entry == NULL:
             return read_directly(blocks, buffer, length, offset)
         if entry.state == STATE_LOADING:
             atomic_add_64(&shared.misses, 1)
-            if number >= handed_out[0]:
+            if kind == KIND_BLOCK and number >= handed_out[0]:
                 handed_out[0] = number + RUN + MOST_THREADS * RUN
-                hand_out(blocks, number + RUN, (end - 1) // BLOCK, True)
-            load(blocks, entry, number, (end - 1) // BLOCK)
+                hand_out(blocks, number + RUN, last, True)
+            load(blocks, entry, number, last)
         else:
             atomic_add_64(&shared.hits, 1)
     failure = entry.failure if entry.state == STATE_FAILED else 0
     if not failure:
-        memcpy(buffer, entry.payload + offset % BLOCK, length)
+        memcpy(buffer, entry.payload + offset % size_of(kind), length)
     cache_release(shared.cache, entry)
     if failure and is_quick(&begin) and not atomic_load(&blocks.closing):
         # The request was for more than this reader wants, and one bad sector of it is no reason to refuse the rest.
@@ -173,14 +208,18 @@ cdef void help(void* owner, uint64_t first, uint64_t last) noexcept nogil:
 
 
 cdef uint64_t load(blocks_t* blocks, entry_t* entry, uint64_t number, uint64_t last) noexcept nogil:
-    """Load `entry`, which is block `number`, with those after it up to `last` that nobody has; returns how many."""
+    """Load `entry`, which is block (or page) `number`, with those after it up to `last` that nobody has.
+
+    Returns how many these are.
+    """
     cdef entry_t* entries[RUN]
     cdef uint64_t count = 1
     cdef uint64_t place
     cdef uint64_t start
     entries[0] = entry
     while count < RUN and number + count <= last:
-        entries[count] = cache_begin(blocks.shared.cache, KIND_BLOCK, blocks.identity, number + count, BLOCK)
+        entries[count] = cache_begin(
+            blocks.shared.cache, entry.kind, blocks.identity, number + count, entry.capacity)
         if entries[count] == NULL:
             break
         count += 1
@@ -200,32 +239,29 @@ cdef uint64_t load(blocks_t* blocks, entry_t* entry, uint64_t number, uint64_t l
     return count
 
 
-cdef inline uint64_t length_of(const blocks_t* blocks, uint64_t number, uint64_t count) noexcept nogil:
-    return min(count * BLOCK, blocks.size - number * BLOCK)
-
-
 cdef void restore(blocks_t* blocks, entry_t* entry, uint64_t number) noexcept nogil:
-    cdef uint64_t length = length_of(blocks, number, 1)
+    cdef uint64_t length = min(<uint64_t>BLOCK, blocks.size - number * BLOCK)
     if blockfile_read(blocks.kept, number, entry.payload, length):
         cache_publish(blocks.shared.cache, entry, length)
         atomic_add_64(&blocks.shared.restored, 1)
 
 
 cdef void fetch(blocks_t* blocks, entry_t** entries, uint64_t number, uint64_t count) noexcept nogil:
-    cdef uint64_t length = length_of(blocks, number, count)
+    cdef uint64_t unit = entries[0].capacity
+    cdef uint64_t length = min(count * unit, blocks.size - number * unit)
     cdef unsigned char* buffer = entries[0].payload if count == 1 else <unsigned char*>malloc(length)
     cdef int64_t got = -ENOMEM
     cdef uint64_t place
     cdef uint64_t valid
     if buffer != NULL:
-        got = ask(blocks, buffer, length, number * BLOCK)
+        got = ask(blocks, buffer, length, number * unit)
     for place in range(count):
         if got < 0:
             cache_abandon(blocks.shared.cache, entries[place], <int>-got)
             continue
-        valid = length_of(blocks, number + place, 1)
+        valid = min(unit, length - place * unit)
         if count > 1:
-            memcpy(entries[place].payload, buffer + place * BLOCK, valid)
+            memcpy(entries[place].payload, buffer + place * unit, valid)
         cache_publish(blocks.shared.cache, entries[place], valid)
     if count > 1:
         free(buffer)

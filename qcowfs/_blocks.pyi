@@ -19,6 +19,12 @@ class BlockCache:
 
 class BlockSource(Source):
     def __init__(
-        self, cache: BlockCache, base: Source, *, directory: _Directory | None = None, version: str | None = None
+        self,
+        cache: BlockCache,
+        base: Source,
+        *,
+        directory: _Directory | None = None,
+        version: str | None = None,
+        near: bool = False,
     ) -> None: ...
     def forget(self) -> None: ...

@@ -80,6 +80,8 @@ cdef class BlockSource(Source):
         base: belongs to this object once it is made.
         directory: keeps blocks from one mount to the next; None: nothing does. Used only with a version.
         version: what another content of the same size would change.
+        near: the way to its server is short beside the time that a block takes on it, so that whoever reads at random
+            gets pages. Of what is kept in a directory all blocks are whole.
 
     Raises:
         OSError: the length of the base cannot be had.
@@ -88,7 +90,7 @@ cdef class BlockSource(Source):
     def __cinit__(self, *args, **kwargs):
         statuses_init(&self.blocks.statuses)
 
-    def __init__(self, BlockCache cache not None, Source base not None, *, directory=None, version=None):
+    def __init__(self, BlockCache cache not None, Source base not None, *, directory=None, version=None, bint near=False):
         self.blocks.size = base.size
         self.name = base.name
         self.base = base
@@ -101,6 +103,7 @@ cdef class BlockSource(Source):
             self.blocks.directory = <void*>directory
             self.kept = directory.open_blocks((base.name, base.place(), version), self.blocks.size)
         self.blocks.kept = &self.kept.c if self.kept is not None else NULL
+        self.blocks.near = near and self.kept is None
         self.c.state = &self.blocks
         self.c.pread = blocks_pread
         self.c.status = blocks_status

@@ -19,6 +19,7 @@ cdef enum entry_kind:
     KIND_CLUSTER  # a decompressed cluster; place is the whole descriptor
     KIND_RANGE  # what a whole chain says of a range of a disk; source is the disk's identity, place the range's number
     KIND_BLOCK  # bytes of a remote source; place is the block's number
+    KIND_PAGE  # the same, of a page that somebody wants without the block around it
 
 
 cdef enum entry_state:

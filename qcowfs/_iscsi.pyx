@@ -17,7 +17,7 @@ from qcowfs._iscsisession cimport (
 )
 from qcowfs._requests cimport (
     BACK, FAULT, NEWS_SIZE, READ, TROUBLE, QueuedSource, monotonic, queue_complete, queue_deadline, queue_fail,
-    queue_failed, queue_put_back, queue_status, queue_t, queue_take, queue_tell, queue_woken, request_t,
+    queue_failed, queue_pass, queue_put_back, queue_status, queue_t, queue_take, queue_tell, queue_woken, request_t,
 )
 from qcowfs._source cimport source_t
 from qcowfs.clib.libiscsi cimport *
@@ -116,7 +116,7 @@ cdef class LunSource(QueuedSource):
         self.c.room = facts.blocks * facts.block_size
         if facts.thin:
             self.c.status = thin_status
-        self.serve(serve_lun, &self.lun)
+        self.serve(serve_lun, lun_turn, &self.lun)
 
     @property
     def facts(self):
@@ -147,20 +147,38 @@ cdef void serve_lun(void* argument) noexcept nogil:
     cdef lun_t* lun = <lun_t*>argument
     cdef session_t* session = &lun.session
     cdef int error = 0
-    cdef int64_t deadline
     lun.online = 1
     while error != EBADF:
-        if session.failed:
-            give_up(lun)
-        deadline = prepare(lun, error)
-        if session.state == ONLINE and not session.failed:
-            deadline = min(deadline, submit(lun))
-        if not session.failed and session_wait(session, lun.queue.wakeup, deadline):
-            queue_woken(lun.queue)
+        if lun_turn(lun):
+            queue_pass(lun.queue)
+        else:
+            if session.failed:
+                give_up(lun)
+            take_turn(lun, error)
         error = queue_failed(lun.queue)
     if in_flight(lun):  # their readers shall not wait for a logout
         drop(lun)
     session_logout(session, monotonic() + SECOND)
+
+
+cdef bint is_well(lun_t* lun) noexcept nogil:
+    return lun.session.state == ONLINE and lun.online and not lun.session.failed
+
+
+cdef bint lun_turn(void* argument) noexcept nogil:
+    cdef lun_t* lun = <lun_t*>argument
+    if is_well(lun):
+        take_turn(lun, 0)
+    return is_well(lun)
+
+
+cdef void take_turn(lun_t* lun, int error) noexcept nogil:
+    cdef session_t* session = &lun.session
+    cdef int64_t deadline = prepare(lun, error)
+    if session.state == ONLINE and not session.failed:
+        deadline = min(deadline, submit(lun))
+    if not session.failed and session_wait(session, lun.queue.wakeup, deadline):
+        queue_woken(lun.queue)
 
 
 cdef int64_t prepare(lun_t* lun, int error) noexcept nogil:

@@ -12,7 +12,7 @@ from libc.string cimport memcpy, strncpy
 from cpython.exc cimport PyErr_CheckSignals
 
 from qcowfs._nbdlink cimport link_close, link_open, link_step, link_t
-from qcowfs._nbdserve cimport extents_find, nbd_serve, service_t
+from qcowfs._nbdserve cimport extents_find, nbd_serve, nbd_turn, service_t
 from qcowfs._requests cimport QueuedSource, monotonic, queue_read, queue_status
 from qcowfs._source cimport source_t
 from qcowfs.clib.libnbd cimport nbd_aio_opt_list, nbd_completion_callback, nbd_list_callback
@@ -71,7 +71,7 @@ cdef class NbdSource(QueuedSource):
         self.service.tells_extents = self.service.link.tells_extents
         self.c.pread = nbd_pread
         self.c.status = nbd_status
-        self.serve(nbd_serve, &self.service)
+        self.serve(nbd_serve, nbd_turn, &self.service)
 
     def exports(self, uint32_t most):
         """Return the names of the server's exports, `most` of them at most, over a connection for just that.

@@ -48,6 +48,7 @@ cdef struct service_t:
 
 # Serve until the queue failed with EBADF; for QueuedSource.serve.
 cdef void nbd_serve(void* service) noexcept nogil
+cdef bint nbd_turn(void* service) noexcept nogil
 
 # Answer from what the server told last: 1 data, 0 a hole, and `length[0]` is cut to the run; -1: that is not known.
 cdef int extents_find(extents_t* extents, uint64_t offset, uint64_t* length) noexcept nogil

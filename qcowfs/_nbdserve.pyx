@@ -14,7 +14,7 @@ from libc.string cimport strerror, strncpy
 from qcowfs._nbdlink cimport REASON_SIZE, link_close, link_open, link_pause, link_step
 from qcowfs._requests cimport (
     BACK, FAULT, READ, TROUBLE, monotonic, queue_complete, queue_deadline, queue_fail, queue_failed,
-    queue_first_deadline, queue_put_back, queue_take, queue_tell, request_t,
+    queue_first_deadline, queue_pass, queue_put_back, queue_take, queue_tell, request_t,
 )
 from qcowfs.clib.libnbd cimport (
     LIBNBD_STATE_ZERO, nbd_aio_block_status, nbd_aio_pread, nbd_completion_callback, nbd_extent_callback,
@@ -29,16 +29,22 @@ cdef enum:
 
 cdef void nbd_serve(void* argument) noexcept nogil:
     cdef service_t* service = <service_t*>argument
-    cdef int status
     service.pause = FIRST_PAUSE
     while queue_failed(service.queue) != EBADF:
-        if service.link.handle == NULL:
+        if nbd_turn(service):
+            queue_pass(service.queue)
+        else:
             reconnect(service)
-            continue
-        fill(service)
-        status = link_step(&service.link, service.queue, queue_deadline(service.queue))
-        settle(service, status)
     lose(service)
+
+
+cdef bint nbd_turn(void* argument) noexcept nogil:
+    cdef service_t* service = <service_t*>argument
+    if service.link.handle == NULL:
+        return False
+    fill(service)
+    settle(service, link_step(&service.link, service.queue, queue_deadline(service.queue)))
+    return service.link.handle != NULL
 
 
 cdef void reconnect(service_t* service) noexcept nogil:

@@ -3,6 +3,11 @@
 # A request belongs to its reader while it is WAITING: who runs out of patience takes it out of the queue and leaves. It
 # belongs to the service thread while it is HELD, because a library may be writing to its buffer: only that thread ends
 # it then, which is why that thread keeps the time of what it holds (queue_deadline).
+#
+# "The service thread" is whoever has the wheel. While all is well that is the reader who finds it free: he sends his
+# request and waits for the answer himself, which saves waking two threads for each read, and hands the wheel to another
+# reader when he has what he wanted. The thread of that name looks after what nobody waits for, and takes over as soon
+# as anything is wrong.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -29,8 +34,14 @@ cdef enum news_kind:
     FAULT  # one range cannot be read, or none any more
 
 
-cdef struct reader_t:  # gone as soon as `awake` is 1
-    uint32_t awake  # atomic, a futex; 1: all requests are DONE
+cdef enum:  # reader_t.awake
+    ASLEEP  # in futex_wait, which waits for any other
+    ANSWERED
+    CALLED
+    BUSY  # with something else than waiting: nobody has to wake it
+
+cdef struct reader_t:  # gone as soon as `awake` is ANSWERED
+    uint32_t awake  # atomic, a futex; ANSWERED: all requests are DONE; CALLED: it may take the wheel
     uint32_t missing  # requests that are not
     int64_t error  # -errno of the first one that failed, 0: none
 
@@ -54,7 +65,17 @@ cdef struct request_list_t:
     request_t* last
 
 
+# One turn of talking to the server, from sending what waits to ending what was answered, or to the first deadline.
+# False: something is wrong, and only the service thread itself may go on.
+ctypedef bint (*turn_t)(void* argument) noexcept nogil
+
+
 cdef struct queue_t:
+    turn_t turn  # by whoever has the wheel; NULL: readers do not
+    void* argument
+    uint32_t wheel  # atomic; 1: somebody has it
+    uint32_t led  # atomic: how often a reader had it
+    uint32_t needed  # atomic, a futex; 1: the service thread shall take the wheel
     pthread_mutex_t mutex  # of all below; nothing is called with it held
     request_list_t waiting  # in the order of their deadlines
     request_list_t held
@@ -80,6 +101,8 @@ cdef int queue_status(queue_t* queue, uint64_t offset, uint64_t* length) noexcep
 cdef request_t* queue_take(queue_t* queue) noexcept nogil
 cdef void queue_put_back(queue_t* queue, request_t* request) noexcept nogil
 cdef void queue_complete(queue_t* queue, request_t* request, int64_t result) noexcept nogil
+# Let readers have the wheel for as long as they use it, unless somebody waits for this thread.
+cdef void queue_pass(queue_t* queue) noexcept nogil
 # When the oldest request that is held must be given up, in ns; INT64_MAX: none is held.
 cdef int64_t queue_deadline(queue_t* queue) noexcept nogil
 # The same of one that waits.
@@ -99,7 +122,8 @@ cdef class QueuedSource(Source):
     cdef thread_t thread
     cdef bint ready  # the queue was made
     cdef bint running
-    # Run `work(argument)` as the service thread. It returns soon once queue_failed() is EBADF.
-    cdef int serve(self, void (*work)(void*) noexcept nogil, void* argument) except -1
+    # Run `work(argument)` as the service thread. It calls queue_pass while all is well, and returns soon once
+    # queue_failed() is EBADF.
+    cdef int serve(self, void (*work)(void*) noexcept nogil, turn_t turn, void* argument) except -1
     # End the thread. A subclass whose thread uses what is its own calls it in its __dealloc__, which comes first.
     cdef void stop(self) noexcept

@@ -15,7 +15,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from qcowfs._source cimport Source, source_t
 from qcowfs._threads cimport thread_start, thread_stop
-from qcowfs.clib.atomic cimport atomic_load, atomic_store
+from qcowfs.clib.atomic cimport atomic_add, atomic_exchange, atomic_load, atomic_store
 from qcowfs.clib.futex cimport futex_wait, futex_wake
 from qcowfs.clib.poll cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_read, eventfd_write
 from qcowfs.clib.pthread cimport (
@@ -27,6 +27,7 @@ from qcowfs.clib.unistd cimport c_close
 cdef enum:
     PARTS = 16  # requests that one read has in the queue at once
     SECOND = 1000000000  # ns
+    LED_NS = 50000000  # without a reader who had the wheel, and the service thread takes it
 
 
 cdef class QueuedSource(Source):
@@ -56,8 +57,12 @@ cdef class QueuedSource(Source):
         self.c.status = queued_status
         self.c.end = queued_end
 
-    cdef int serve(self, void (*work)(void*) noexcept nogil, void* argument) except -1:
-        cdef int status = thread_start(&self.thread, work, argument)
+    cdef int serve(self, void (*work)(void*) noexcept nogil, turn_t turn, void* argument) except -1:
+        cdef int status
+        self.queue.turn = turn
+        self.queue.argument = argument
+        self.queue.wheel = 1
+        status = thread_start(&self.thread, work, argument)
         if status:
             raise OSError(status, os.strerror(status), self.name)
         self.running = True
@@ -174,7 +179,7 @@ cdef int64_t ask(queue_t* queue, request_t* requests, uint32_t count) noexcept n
     cdef uint32_t i
     cdef bint first
     cdef int error
-    reader.awake = 0
+    reader.awake = BUSY
     reader.missing = count
     reader.error = 0
     pthread_mutex_lock(&queue.mutex)
@@ -188,23 +193,95 @@ cdef int64_t ask(queue_t* queue, request_t* requests, uint32_t count) noexcept n
     pthread_mutex_unlock(&queue.mutex)
     if error:
         return -error
-    if first:
-        eventfd_write(queue.wakeup, 1)  # not with the mutex, which is the first thing that the other side wants
-    wait(queue, &reader, requests, count)
+    if not lead(queue, &reader):
+        if first:
+            eventfd_write(queue.wakeup, 1)  # not with the mutex, which is the first thing that the other side wants
+        wait(queue, &reader, requests, count)
     return -EIO if reader.error == -ETIMEDOUT else reader.error
 
 
 cdef void wait(queue_t* queue, reader_t* reader, request_t* requests, uint32_t count) noexcept nogil:
     """Wait for the requests; those that still are WAITING after their deadline leave the queue."""
     cdef timespec until
+    cdef const timespec* limit = &until
     until.tv_sec = requests[0].deadline // SECOND
     until.tv_nsec = requests[0].deadline % SECOND
-    while not atomic_load(&reader.awake):
-        if futex_wait(&reader.awake, &until) < 0 and errno == ETIMEDOUT:
+    while not is_answered(queue, reader):
+        if futex_wait(&reader.awake, limit) < 0 and errno == ETIMEDOUT:
             withdraw(queue, requests, count)
-            break
-    while not atomic_load(&reader.awake):  # what is left is HELD, and who holds it knows the deadline
-        futex_wait(&reader.awake, NULL)
+            limit = NULL  # what is left is HELD, and who holds it knows the deadline
+
+
+cdef bint is_answered(queue_t* queue, reader_t* reader) noexcept nogil:
+    cdef uint32_t awake = atomic_exchange(&reader.awake, ASLEEP)
+    return awake == ANSWERED or (awake == CALLED and lead(queue, reader))
+
+
+cdef bint lead(queue_t* queue, reader_t* reader) noexcept nogil:
+    """Talk to the server until the reader has its answer; False: somebody else does, or has to."""
+    cdef bint well = True
+    cdef bint answered
+    if queue.turn == NULL or atomic_exchange(&queue.wheel, 1):
+        return False
+    answered = atomic_exchange(&reader.awake, BUSY) == ANSWERED
+    while well and not answered:
+        well = not queue_failed(queue) and queue.turn(queue.argument)
+        answered = atomic_load(&reader.awake) == ANSWERED
+    atomic_add(&queue.led, 1)
+    atomic_store(&queue.wheel, 0)
+    if not well:
+        call(&queue.needed, 1)
+    else:
+        call_reader(queue)  # after `wheel` was given back: who found it taken has queued before
+    return answered
+
+
+cdef inline void call(uint32_t* word, uint32_t value) noexcept nogil:
+    if atomic_exchange(word, value) == ASLEEP:
+        futex_wake(word)
+
+
+cdef void call_reader(queue_t* queue) noexcept nogil:
+    """Wake one of those that still wait for something: somebody has to have the wheel."""
+    cdef request_t* request
+    pthread_mutex_lock(&queue.mutex)
+    request = queue.waiting.first if queue.held.first == NULL else queue.held.first
+    if request != NULL:  # its reader is there, and gets ANSWERED after the mutex, if at all
+        call(&request.reader.awake, CALLED)
+    pthread_mutex_unlock(&queue.mutex)
+
+
+cdef void queue_pass(queue_t* queue) noexcept nogil:
+    cdef uint32_t led
+    if is_wanted(queue):
+        return
+    atomic_store(&queue.wheel, 0)
+    if not is_wanted(queue):  # who found the wheel taken has queued before
+        led = atomic_load(&queue.led) - 1
+        while atomic_load(&queue.led) != led:
+            led = atomic_load(&queue.led)
+            if is_called(queue):
+                break
+    while atomic_exchange(&queue.wheel, 1):
+        is_called(queue)
+
+
+cdef bint is_wanted(queue_t* queue) noexcept nogil:
+    cdef bint wanted
+    pthread_mutex_lock(&queue.mutex)
+    wanted = queue.waiting.first != NULL or queue.held.first != NULL or queue.error
+    pthread_mutex_unlock(&queue.mutex)
+    return wanted
+
+
+cdef bint is_called(queue_t* queue) noexcept nogil:
+    """Wait for a while, or until this thread is called."""
+    cdef int64_t deadline = monotonic() + LED_NS
+    cdef timespec until
+    until.tv_sec = deadline // SECOND
+    until.tv_nsec = deadline % SECOND
+    futex_wait(&queue.needed, &until)
+    return atomic_exchange(&queue.needed, 0) == 1
 
 
 cdef void withdraw(queue_t* queue, request_t* requests, uint32_t count) noexcept nogil:
@@ -259,8 +336,7 @@ cdef reader_t* finish(request_t* request, int64_t result) noexcept nogil:
 cdef void wake(reader_t* reader) noexcept nogil:
     """Let the reader go, if there is one, and its requests with it. The faster without the mutex."""
     if reader != NULL:
-        atomic_store(&reader.awake, 1)
-        futex_wake(&reader.awake)
+        call(&reader.awake, ANSWERED)
 
 
 cdef request_t* queue_take(queue_t* queue) noexcept nogil:
@@ -331,6 +407,7 @@ cdef void queue_fail(queue_t* queue, int error) noexcept nogil:
         remove(&queue.waiting, request)
         wake(finish(request, -error))
     eventfd_write(queue.wakeup, 1)
+    call(&queue.needed, 1)
     pthread_mutex_unlock(&queue.mutex)
 
 

@@ -80,7 +80,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         source.close()
         raise
     log_news(source, _worded)
-    return Remote(source=source)
+    return Remote(source=source, near=True)
 
 
 def _login(url: Url) -> Login:

@@ -47,7 +47,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         source.close()
         raise
     log_news(source)
-    return Remote(source=source)
+    return Remote(source=source, near=True)
 
 
 def _source(url: Url, settings: RemoteSettings) -> NbdSource:

@@ -71,12 +71,14 @@ class Remote:
             what was read may be another thing later.
         modified_ns: when it was last written, nanoseconds since the epoch; None: nobody knows.
         disk_size: bytes that it takes on the server; None: nobody knows.
+        near: its protocol is one of storage networks, where the way is shorter than the time that 64 KiB take on it.
     """
 
     source: Source
     version: str | None = None
     modified_ns: int | None = None
     disk_size: int | None = None
+    near: bool = False
 
 
 class _Room(Protocol):
@@ -111,9 +113,9 @@ class Remotes:
         opener: _Room = importlib.import_module(f"qcowfs.source.{room}")
         self._caches()  # before a server is asked: the directory may not be usable
         remote = opener.open_url(url, replace(self.settings, confined=confined))
-        return replace(remote, source=self.cached(remote.source, remote.version))
+        return replace(remote, source=self.cached(remote.source, remote.version, near=remote.near))
 
-    def cached(self, source: Source, version: str | None = None) -> Source:
+    def cached(self, source: Source, version: str | None = None, *, near: bool = False) -> Source:
         """Put the cache before `source`, which belongs to what is returned, and is closed if this fails.
 
         Raises:
@@ -123,7 +125,7 @@ class Remotes:
 
         try:
             blocks, directory = self._caches()
-            return BlockSource(blocks, source, directory=directory, version=version)
+            return BlockSource(blocks, source, directory=directory, version=version, near=near)
         except BaseException:
             source.close()
             raise
