@@ -19,6 +19,7 @@ __all__ = ["INODE_BITS", "ROOT", "Inodes"]
 
 ROOT = 1  # FUSE's fixed number of the root directory; 0 means "no such entry"
 ATTEMPT_BITS = 32  # of a salt; the others count the turns
+TRIES = 1 << 16  # for a tree's numbers: some 0.1 s, and in vain only where nearly all of 2 ** 23 are taken
 _MASK = (1 << 63) - 1  # some programs keep inode numbers in signed 64-bit integers
 
 
@@ -48,15 +49,17 @@ class Inodes:
                 return number
             attempt += 1
 
-    def tree(self, path: bytes, turn: int = 0) -> int:
-        """Return the first of the numbers of the tree at `path`: a multiple of 2 ** INODE_BITS, and not 0."""
-        attempt = turn << ATTEMPT_BITS
+    def tree(self, path: bytes, turn: int = 0) -> int | None:
+        """Return the first of the numbers of the tree at `path`: a multiple of 2 ** INODE_BITS, and not 0.
+
+        None: hardly any are left, because somebody has made and deleted millions of snapshots during this mount.
+        """
         owner = _owner(path, turn)
-        while True:
-            row = _hashed(path, attempt) >> INODE_BITS
+        for attempt in range(TRIES):
+            row = _hashed(path, (turn << ATTEMPT_BITS) + attempt) >> INODE_BITS
             if self._rows.setdefault(row, owner) == owner:
                 return row << INODE_BITS
-            attempt += 1
+        return None
 
 
 def _owner(path: bytes, turn: int) -> bytes:

@@ -335,7 +335,8 @@ class Tree:
         self._folders[place.name] = Folder(place, self.root, look, place_of, self._number, guest_of, self._faults)
 
     def _guest_of(self, turn: int, path: bytes, item: Item, volume: Mapped) -> Guest | None:
-        return self.guests.guest(self._inodes.tree(b"/" + path, turn), path, item, volume)
+        base = self._inodes.tree(b"/" + path, turn)
+        return None if base is None else self.guests.guest(base, path, item, volume)
 
     def _file(self, name: bytes, point: Point) -> Node:
         disks = self._disks

@@ -74,3 +74,11 @@ def test_a_path_that_becomes_something_else_has_another_number() -> None:
     assert len({*files, *trees}) == 6
     assert files[0] == numbers.number(b"/a.raw") == Inodes().number(b"/a.raw")
     assert trees[2] == numbers.tree(b"/a", 2)
+
+
+def test_where_all_numbers_are_taken_a_tree_gets_none_and_nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inodes, "_hashed", lambda path, attempt: 5 << 40)
+    numbers = Inodes()
+    numbers.number(b"/a.raw")
+
+    assert numbers.tree(b"/a/p1") is None
