@@ -203,6 +203,7 @@ cdef class Filesystem:
         global opening
         self.device = opening = device
         self.covered = covered
+        self.suspects = None
         try:
             check(ext2fs_open2(b"volume", NULL, EXT2_FLAG_64BITS | EXT2_FLAG_SKIP_MMP, 0, 0, &manager, &self.fs),
                   "superblock")
