@@ -34,6 +34,8 @@ cdef struct blocks_t:
     const blockfile_t* kept  # where blocks are kept on disk; NULL: nowhere
     bint near  # to ask for a page is cheaper than to ask for a block; never with `kept`
     uint64_t touched[TOUCHED]  # atomic, by its number: the last block of which a page was asked for, + 1
+    uint64_t patience_ns  # so long takes a read of the base if nobody answers; 0: nobody knows
+    uint64_t silent_until  # atomic: until this time nobody is asked again; 0: somebody answered
     void* directory  # the CacheDirectory, borrowed from the BlockSource
     statuses_t statuses
     uint32_t readers  # atomic: reads that are under way

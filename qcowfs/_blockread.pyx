@@ -28,6 +28,7 @@ from qcowfs.clib.atomic cimport (
 cdef enum:
     PAGE = 4096  # bytes: what a random reader asks for
     QUICK_NS = 2000000000  # a failure that came sooner is of some block, and not a server that does not answer
+    LONGEST_REST_NS = 5000000000  # of a server that did not answer: somebody waits for it to be back
     WAIT_NS = 1000000  # between two looks whether the last reader has gone
 
 
@@ -143,12 +144,12 @@ cdef int read_piece(
     cdef uint64_t number = offset // size_of(kind)
     cdef uint64_t last = (end - 1) // size_of(kind)
     cdef entry_t* entry = cache_find(shared.cache, kind, blocks.identity, number)
-    cdef timespec begin
+    cdef uint64_t begin = 0
     cdef int failure
     if entry != NULL:
         atomic_add_64(&shared.hits, 1)
     else:
-        clock_gettime(CLOCK_MONOTONIC, &begin)
+        begin = now_ns()
         entry = cache_acquire(shared.cache, kind, blocks.identity, number, size_of(kind))
         if entry == NULL:
             return read_directly(blocks, buffer, length, offset)
@@ -164,7 +165,7 @@ cdef int read_piece(
     if not failure:
         memcpy(buffer, entry.payload + offset % size_of(kind), length)
     cache_release(shared.cache, entry)
-    if failure and is_quick(&begin) and not atomic_load(&blocks.closing):
+    if failure and now_ns() - begin < QUICK_NS and not atomic_load(&blocks.closing):
         # The request was for more than this reader wants, and one bad sector of it is no reason to refuse the rest.
         return read_directly(blocks, buffer, length, offset)
     return failure
@@ -175,10 +176,10 @@ cdef int read_directly(blocks_t* blocks, unsigned char* buffer, uint64_t length,
     return <int>-got if got < 0 else 0
 
 
-cdef bint is_quick(const timespec* begin) noexcept nogil:
+cdef uint64_t now_ns() noexcept nogil:
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
-    return (now.tv_sec - begin.tv_sec) * 1000000000 + now.tv_nsec - begin.tv_nsec < QUICK_NS
+    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
 
 
 cdef void hand_out(blocks_t* blocks, uint64_t first, uint64_t last, bint urgent) noexcept nogil:
@@ -271,8 +272,16 @@ cdef void fetch(blocks_t* blocks, entry_t** entries, uint64_t number, uint64_t c
 
 cdef int64_t ask(blocks_t* blocks, unsigned char* buffer, uint64_t length, uint64_t offset) noexcept nogil:
     """Read from the base: all of it, or -errno."""
-    cdef int64_t got = blocks.base.pread(blocks.base, buffer, length, offset)
+    cdef uint64_t begin = now_ns()
+    cdef int64_t got
+    if begin < atomic_load_64(&blocks.silent_until):
+        return -EIO
+    got = blocks.base.pread(blocks.base, buffer, length, offset)
     atomic_add_64(&blocks.shared.requests, 1)
+    if got < 0 and blocks.patience_ns and now_ns() - begin >= blocks.patience_ns - blocks.patience_ns // 20:
+        atomic_store_64(&blocks.silent_until, now_ns() + min(blocks.patience_ns // 4, <uint64_t>LONGEST_REST_NS))
+    elif got >= 0 and atomic_load_64(&blocks.silent_until):
+        atomic_store_64(&blocks.silent_until, 0)
     if got >= 0:
         atomic_add_64(&blocks.shared.fetched, <uint64_t>got)
         if <uint64_t>got != length:

@@ -26,5 +26,6 @@ class BlockSource(Source):
         directory: _Directory | None = None,
         version: str | None = None,
         near: bool = False,
+        patience: float = 0.0,
     ) -> None: ...
     def forget(self) -> None: ...

@@ -83,6 +83,9 @@ cdef class BlockSource(Source):
         near: the way to its server is short beside the time that a block takes on it, so that whoever reads at random
             gets pages. Of what is kept in a directory all blocks are whole.
 
+        patience: seconds that a read of the base takes if nobody answers; for some time after that reads of what is not
+            here fail at once, since a person's `ls` may read at dozens of places. 0: every read waits.
+
     Raises:
         OSError: the length of the base cannot be had.
     """
@@ -90,7 +93,8 @@ cdef class BlockSource(Source):
     def __cinit__(self, *args, **kwargs):
         statuses_init(&self.blocks.statuses)
 
-    def __init__(self, BlockCache cache not None, Source base not None, *, directory=None, version=None, bint near=False):
+    def __init__(self, BlockCache cache not None, Source base not None, *, directory=None, version=None,
+                 bint near=False, double patience=0.0):
         self.blocks.size = base.size
         self.name = base.name
         self.base = base
@@ -104,6 +108,7 @@ cdef class BlockSource(Source):
             self.kept = directory.open_blocks((base.name, base.place(), version), self.blocks.size)
         self.blocks.kept = &self.kept.c if self.kept is not None else NULL
         self.blocks.near = near and self.kept is None
+        self.blocks.patience_ns = <uint64_t>(patience * 1000000000)
         self.c.state = &self.blocks
         self.c.pread = blocks_pread
         self.c.status = blocks_status

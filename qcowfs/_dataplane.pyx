@@ -298,7 +298,7 @@ cdef bint have_buffer(worker_t* worker, uint64_t size) noexcept nogil:
     cdef void* buffer
     if worker.buffer_size >= size:
         return True
-    # It begins with a page: malloc begins 16 bytes after one, and some processors copy to there at a third of the speed.
+    # It begins with a page. malloc's begin 16 bytes later, and some processors copy to there at a third of the speed.
     if posix_memalign(&buffer, PAGE, size):
         return False
     free(worker.buffer)

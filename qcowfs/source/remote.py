@@ -125,7 +125,8 @@ class Remotes:
 
         try:
             blocks, directory = self._caches()
-            return BlockSource(blocks, source, directory=directory, version=version, near=near)
+            patience = self.settings.patience
+            return BlockSource(blocks, source, directory=directory, version=version, near=near, patience=patience)
         except BaseException:
             source.close()
             raise

@@ -7,12 +7,14 @@ import gc
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
 from qcowfs._blocks import BlockCache, BlockSource
+from qcowfs._pysource import PythonSource
 from qcowfs._source import Source
 from tests.support.remotebase import PATIENCE, RemoteBase, content_of
 
@@ -431,3 +433,32 @@ def test_ctrl_c_is_heard_while_a_read_waits(source: BlockSource, base: RemoteBas
     killer.join()
 
     assert interrupted
+
+
+def test_after_a_server_was_silent_others_fail_at_once_for_a_while_and_then_it_is_asked_again(
+    cache: BlockCache,
+) -> None:
+    """One `ls` reads at dozens of places: it must not wait for each of them."""
+    asked: list[int] = []
+    silent = threading.Event()
+    silent.set()
+
+    def read(offset: int, buffer: memoryview) -> int:
+        asked.append(offset)
+        if silent.is_set():
+            time.sleep(1.2)
+            raise OSError(errno.EIO, "no answer")
+        buffer[:] = CONTENT[offset : offset + len(buffer)]
+        return len(buffer)
+
+    source = BlockSource(cache, PythonSource("here://image", SIZE, read, ("here",)), patience=1.2)
+    for place in range(20):
+        with pytest.raises(OSError, match="Input/output error"):
+            source.read_at(place * MIB, 10)
+    assert len(asked) <= 3  # of which one is enough where the machine is not busy
+
+    silent.clear()
+    time.sleep(0.4)  # a quarter of the patience, and some more
+    assert CONTENT[:10] == source.read_at(0, 10)
+    assert CONTENT[5 * MIB : 5 * MIB + 10] == source.read_at(5 * MIB, 10)
+    source.close()
