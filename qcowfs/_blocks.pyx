@@ -90,7 +90,8 @@ cdef class BlockSource(Source):
     def __cinit__(self, *args, **kwargs):
         statuses_init(&self.blocks.statuses)
 
-    def __init__(self, BlockCache cache not None, Source base not None, *, directory=None, version=None, bint near=False):
+    def __init__(
+            self, BlockCache cache not None, Source base not None, *, directory=None, version=None, bint near=False):
         self.blocks.size = base.size
         self.name = base.name
         self.base = base
