@@ -7,12 +7,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parent / "build" / "bench"
+LONGEST = 300  # seconds of a program: one that waits for a rival which hangs would wait for ever
 FLAGS = ["-O2", "-Wall", "-Wextra", "-pthread"]
 
 
 def run(*words: str | Path) -> str:
     """Return what a program prints that has to succeed."""
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=LONGEST)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, words))}: {done.stderr.strip()}")
     return done.stdout

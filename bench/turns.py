@@ -192,6 +192,8 @@ def take_turn(stand: Stand, number: int, found: Figures) -> None:
         return
     try:
         found.samples.setdefault(stand.name, []).append(stand.turn(number))
+    except subprocess.TimeoutExpired:
+        blame(stand.name, RuntimeError("it did not answer any more"), found)
     except (CannotShowError, WrongContentError, RuntimeError) as error:
         blame(stand.name, error, found)
 

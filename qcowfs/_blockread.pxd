@@ -11,7 +11,7 @@ from qcowfs._streams cimport streams_t
 
 cdef enum:
     RUN = 16  # blocks that are asked for at once: 1 MiB
-    TOUCHED = 256  # blocks that are remembered for having been touched: what is read at random of one disk passes by soon
+    TOUCHED = 256  # blocks that are remembered for having been touched: what is read at random passes by soon
 
 
 cdef struct shared_t:

@@ -93,8 +93,9 @@ cdef class BlockSource(Source):
     def __cinit__(self, *args, **kwargs):
         statuses_init(&self.blocks.statuses)
 
-    def __init__(self, BlockCache cache not None, Source base not None, *, directory=None, version=None,
-                 bint near=False, double patience=0.0):
+    def __init__(
+            self, BlockCache cache not None, Source base not None, *, directory=None, version=None, bint near=False,
+            double patience=0.0):
         self.blocks.size = base.size
         self.name = base.name
         self.base = base

@@ -12,13 +12,14 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 
 from qcowfs._iscsisession cimport (
-    OFFLINE, ONLINE, big_endian, describe_login, facts_t, identity_t, same_unit, session_begin, session_end,
-    session_fail, session_logout, session_send, session_t, session_wait, session_watch,
+    LBA_STATUS_SIZE, OFFLINE, ONLINE, describe_login, facts_t, identity_t, mapped, same_unit, session_begin,
+    session_end, session_fail, session_logout, session_send, session_t, session_wait, session_watch,
 )
-from qcowfs._requests cimport (
-    BACK, FAULT, NEWS_SIZE, READ, TROUBLE, QueuedSource, monotonic, queue_complete, queue_deadline, queue_fail,
-    queue_failed, queue_pass, queue_put_back, queue_status, queue_t, queue_take, queue_tell, queue_woken, request_t,
+from qcowfs._queue cimport (
+    BACK, FAULT, NEWS_SIZE, READ, TROUBLE, monotonic, queue_complete, queue_deadline, queue_fail, queue_failed,
+    queue_put_back, queue_t, queue_take, queue_tell, queue_woken, request_t,
 )
+from qcowfs._requests cimport QueuedSource, queue_pass, queue_status
 from qcowfs._source cimport source_t
 from qcowfs.clib.libiscsi cimport *
 
@@ -27,7 +28,6 @@ cdef enum:
     # Bytes of one command: what fits into one of libiscsi's PDUs. tgtd gave 1.6 GB/s so, and 0.7 by commands of 1 MiB.
     LARGEST_REQUEST = 1 << 18
     LARGEST_BLOCK = 65536
-    LBA_STATUS_SIZE = 8 + 16  # bytes of an answer with one descriptor
     SECOND = 1000000000  # ns
     FIRST_PAUSE = SECOND // 50  # before the second attempt to connect, and before a busy unit is asked again
     REPORTED_LUNS_CHANGED = 0x3F0E  # additional sense code
@@ -161,15 +161,12 @@ cdef void serve_lun(void* argument) noexcept nogil:
     session_logout(session, monotonic() + SECOND)
 
 
-cdef bint is_well(lun_t* lun) noexcept nogil:
-    return lun.session.state == ONLINE and lun.online and not lun.session.failed
-
-
 cdef bint lun_turn(void* argument) noexcept nogil:
     cdef lun_t* lun = <lun_t*>argument
-    if is_well(lun):
+    cdef session_t* session = &lun.session
+    if session.state == ONLINE and lun.online and not session.failed:
         take_turn(lun, 0)
-    return is_well(lun)
+    return session.state == ONLINE and lun.online and not session.failed
 
 
 cdef void take_turn(lun_t* lun, int error) noexcept nogil:
@@ -337,24 +334,8 @@ cdef void status_done(iscsi_context* context, int status, void* data, void* argu
     if status == SCSI_STATUS_CHECK_CONDITION and task.sense.key == SCSI_SENSE_ILLEGAL_REQUEST:
         complete(part, 1)  # it maps blocks, but does not say which: all is data
     elif succeeded(part, status, task):
-        complete(part, mapped(part, &task.datain))
+        complete(part, mapped(part.request, part.lun.facts.block_size, &task.datain))
     scsi_free_scsi_task(task)
-
-
-cdef int mapped(part_t* part, const scsi_data* answer) noexcept nogil:
-    """Return whether the first of the blocks asked about is data (1), and cut the request to what is like it."""
-    cdef request_t* request = part.request
-    cdef uint32_t block_size = part.lun.facts.block_size
-    cdef uint64_t end
-    if answer.size < LBA_STATUS_SIZE or big_endian(answer.data + 8, 8) > request.offset // block_size:
-        return 1
-    # The sum of block number and count is below 2^63 + 2^32, as the first is not above that of the request.
-    end = big_endian(answer.data + 8, 8) + big_endian(answer.data + 16, 4)
-    if end <= request.offset // block_size:
-        return 1
-    if end < (request.offset + request.length) // block_size:
-        request.length = end * block_size - request.offset
-    return (answer.data[20] & 0xF) != 1  # deallocated; blocks that are anchored may be anything
 
 
 cdef bint succeeded(part_t* part, int status, scsi_task* task) noexcept nogil:

@@ -4,12 +4,13 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from qcowfs._requests cimport NEWS_SIZE
-from qcowfs.clib.libiscsi cimport iscsi_context
+from qcowfs._queue cimport NEWS_SIZE, request_t
+from qcowfs.clib.libiscsi cimport iscsi_context, scsi_data
 
 cdef enum:
     NAME_SIZE = 256  # libiscsi's MAX_STRING_SIZE + 1
     PORTALS = 8
+    LBA_STATUS_SIZE = 8 + 16  # bytes of an answer to GET LBA STATUS with one descriptor
     DESIGNATOR_SIZE = 256  # bytes: their length is one byte
 
 cdef enum session_state:
@@ -81,4 +82,5 @@ cdef int64_t session_watch(session_t* session, int64_t now) noexcept nogil
 cdef void session_fail(session_t* session, const char* why) noexcept nogil
 
 cdef int same_unit(const facts_t* before, const facts_t* now) noexcept nogil
-cdef uint64_t big_endian(const uint8_t* data, uint32_t size) noexcept nogil
+# What an answer to GET LBA STATUS says of the request, a STATUS.
+cdef int mapped(request_t* request, uint32_t block_size, const scsi_data* answer) noexcept nogil

@@ -11,7 +11,7 @@ from libc.stdio cimport snprintf
 from libc.string cimport memcmp, memcpy, memset, strncpy
 from posix.fcntl cimport FD_CLOEXEC, F_SETFD, fcntl
 
-from qcowfs._requests cimport NEWS_SIZE, monotonic
+from qcowfs._queue cimport NEWS_SIZE, monotonic, request_t
 from qcowfs.clib.libiscsi cimport *
 from qcowfs.clib.poll cimport POLLIN, POLLOUT, c_poll, pollfd_t
 
@@ -317,6 +317,20 @@ cdef int same_unit(const facts_t* before, const facts_t* now) noexcept nogil:
 
 cdef int same_identity(const identity_t* before, const identity_t* now) noexcept nogil:
     return before.size == now.size and not memcmp(before.data, now.data, now.size)
+
+
+cdef int mapped(request_t* request, uint32_t block_size, const scsi_data* answer) noexcept nogil:
+    """Return whether the first of the blocks asked about is data (1), and cut the request to what is like it."""
+    cdef uint64_t end
+    if answer.size < LBA_STATUS_SIZE or big_endian(answer.data + 8, 8) > request.offset // block_size:
+        return 1
+    # The sum of block number and count is below 2^63 + 2^32, as the first is not above that of the request.
+    end = big_endian(answer.data + 8, 8) + big_endian(answer.data + 16, 4)
+    if end <= request.offset // block_size:
+        return 1
+    if end < (request.offset + request.length) // block_size:
+        request.length = end * block_size - request.offset
+    return (answer.data[20] & 0xF) != 1  # deallocated; blocks that are anchored may be anything
 
 
 cdef uint64_t big_endian(const uint8_t* data, uint32_t size) noexcept nogil:

@@ -13,7 +13,8 @@ from cpython.exc cimport PyErr_CheckSignals
 
 from qcowfs._nbdlink cimport link_close, link_open, link_step, link_t
 from qcowfs._nbdserve cimport extents_find, nbd_serve, nbd_turn, service_t
-from qcowfs._requests cimport QueuedSource, monotonic, queue_read, queue_status
+from qcowfs._queue cimport monotonic
+from qcowfs._requests cimport QueuedSource, queue_read, queue_status
 from qcowfs._source cimport source_t
 from qcowfs.clib.libnbd cimport nbd_aio_opt_list, nbd_completion_callback, nbd_list_callback
 from qcowfs.clib.pthread cimport pthread_mutex_destroy, pthread_mutex_init

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from qcowfs._requests cimport queue_t
+from qcowfs._queue cimport queue_t
 from qcowfs.clib.libnbd cimport nbd_handle
 
 cdef enum:

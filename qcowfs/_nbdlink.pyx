@@ -10,7 +10,7 @@ from libc.errno cimport EBADF, EINTR, EIO, ENOMEM, EPROTO, ETIMEDOUT, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport strerror, strncpy, strstr
 
-from qcowfs._requests cimport monotonic, queue_failed, queue_t, queue_woken
+from qcowfs._queue cimport monotonic, queue_failed, queue_t, queue_woken
 from qcowfs.clib.libnbd cimport (
     LIBNBD_AIO_DIRECTION_READ, LIBNBD_AIO_DIRECTION_WRITE, LIBNBD_ALLOW_TRANSPORT_TCP, LIBNBD_ALLOW_TRANSPORT_UNIX,
     LIBNBD_CONTEXT_BASE_ALLOCATION, LIBNBD_SIZE_MAXIMUM, LIBNBD_SIZE_MINIMUM, LIBNBD_TLS_DISABLE, LIBNBD_TLS_REQUIRE,

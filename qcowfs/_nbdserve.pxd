@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from qcowfs._nbdlink cimport link_t, server_t
-from qcowfs._requests cimport queue_t, request_t
+from qcowfs._queue cimport queue_t, request_t
 from qcowfs.clib.pthread cimport pthread_mutex_t
 
 cdef enum:

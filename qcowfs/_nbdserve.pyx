@@ -12,10 +12,11 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport strerror, strncpy
 
 from qcowfs._nbdlink cimport REASON_SIZE, link_close, link_open, link_pause, link_step
-from qcowfs._requests cimport (
+from qcowfs._queue cimport (
     BACK, FAULT, READ, TROUBLE, monotonic, queue_complete, queue_deadline, queue_fail, queue_failed,
-    queue_first_deadline, queue_pass, queue_put_back, queue_take, queue_tell, request_t,
+    queue_first_deadline, queue_put_back, queue_take, queue_tell, request_t,
 )
+from qcowfs._requests cimport queue_pass
 from qcowfs.clib.libnbd cimport (
     LIBNBD_STATE_ZERO, nbd_aio_block_status, nbd_aio_pread, nbd_completion_callback, nbd_extent_callback,
 )

@@ -1,26 +1,30 @@
 # cython: language_level=3, cdivision=True
-"""Reads that wait for the one thread which talks to a server.
+"""Reads that wait for whoever talks to a server: one thread at a time.
 
 Used by the rooms of protocols whose library is not made for many threads, or that keep many reads in flight on one
-connection. Readers are any number of threads; the service thread never runs Python. See the .pxd for who owns a
-request when.
+connection. Readers are any number of threads; who talks to the server, a reader or the service thread, runs no Python
+meanwhile. See _queue.pxd for who owns a request when, and who has the wheel.
 """
 
 import os
 
 from libc.errno cimport EBADF, EIO, ETIMEDOUT, errno
-from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
-from libc.string cimport strncpy
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from posix.time cimport timespec
 
+from qcowfs._queue cimport (
+    ANSWERED, ASLEEP, BACK, BUSY, CALLED, FAULT, NEWS_SIZE, NO_NEWS, READ, STATUS, TROUBLE, WAITING, call, end_news,
+    fetch_news, finish, insert, monotonic, news_kind, queue_fail, queue_failed, queue_t, reader_t, remove, request_kind,
+    request_t, turn_t, wake,
+)
 from qcowfs._source cimport Source, source_t
 from qcowfs._threads cimport thread_start, thread_stop
 from qcowfs.clib.atomic cimport atomic_add, atomic_exchange, atomic_load, atomic_store
-from qcowfs.clib.futex cimport futex_wait, futex_wake
-from qcowfs.clib.poll cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_read, eventfd_write
+from qcowfs.clib.futex cimport futex_wait
+from qcowfs.clib.poll cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_write
 from qcowfs.clib.pthread cimport (
-    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_mutex_destroy,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    pthread_cond_destroy, pthread_cond_init, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock,
 )
 from qcowfs.clib.unistd cimport c_close
 
@@ -122,12 +126,6 @@ cdef int queued_status(const source_t* source, uint64_t offset, uint64_t* length
 
 cdef int64_t queued_end(const source_t* source) noexcept nogil:
     return <int64_t>source.room
-
-
-cdef int64_t monotonic() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * SECOND + now.tv_nsec
 
 
 cdef int64_t queue_read(queue_t* queue, char* buffer, uint64_t length, uint64_t offset) noexcept nogil:
@@ -236,11 +234,6 @@ cdef bint lead(queue_t* queue, reader_t* reader) noexcept nogil:
     return answered
 
 
-cdef inline void call(uint32_t* word, uint32_t value) noexcept nogil:
-    if atomic_exchange(word, value) == ASLEEP:
-        futex_wake(word)
-
-
 cdef void call_reader(queue_t* queue) noexcept nogil:
     """Wake one of those that still wait for something: somebody has to have the wheel."""
     cdef request_t* request
@@ -291,159 +284,4 @@ cdef void withdraw(queue_t* queue, request_t* requests, uint32_t count) noexcept
         if requests[i].state == WAITING:
             remove(&queue.waiting, &requests[i])
             wake(finish(&requests[i], -ETIMEDOUT))
-    pthread_mutex_unlock(&queue.mutex)
-
-
-cdef void insert(request_list_t* list, request_t* request) noexcept nogil:
-    """Put `request` behind those of the same deadline or an earlier one: nearly always at the end."""
-    cdef request_t* before = list.last
-    while before != NULL and before.deadline > request.deadline:
-        before = before.previous
-    request.previous = before
-    request.next = list.first if before == NULL else before.next
-    if before == NULL:
-        list.first = request
-    else:
-        before.next = request
-    if request.next == NULL:
-        list.last = request
-    else:
-        request.next.previous = request
-
-
-cdef void remove(request_list_t* list, request_t* request) noexcept nogil:
-    if request.previous == NULL:
-        list.first = request.next
-    else:
-        request.previous.next = request.next
-    if request.next == NULL:
-        list.last = request.previous
-    else:
-        request.next.previous = request.previous
-
-
-cdef reader_t* finish(request_t* request, int64_t result) noexcept nogil:
-    """End a request that is in no list any more; the caller has the mutex. Returns the reader to wake, or NULL."""
-    cdef reader_t* reader = request.reader
-    request.result = result
-    request.state = DONE
-    if result < 0 and not reader.error:
-        reader.error = result
-    reader.missing -= 1
-    return NULL if reader.missing else reader
-
-
-cdef void wake(reader_t* reader) noexcept nogil:
-    """Let the reader go, if there is one, and its requests with it. The faster without the mutex."""
-    if reader != NULL:
-        call(&reader.awake, ANSWERED)
-
-
-cdef request_t* queue_take(queue_t* queue) noexcept nogil:
-    cdef request_t* request
-    pthread_mutex_lock(&queue.mutex)
-    request = queue.waiting.first
-    if request != NULL:
-        remove(&queue.waiting, request)
-        insert(&queue.held, request)
-        request.state = HELD
-    pthread_mutex_unlock(&queue.mutex)
-    return request
-
-
-cdef void queue_put_back(queue_t* queue, request_t* request) noexcept nogil:
-    cdef reader_t* reader = NULL
-    pthread_mutex_lock(&queue.mutex)
-    remove(&queue.held, request)
-    if queue.error:
-        reader = finish(request, -queue.error)
-    elif request.deadline <= monotonic():  # its reader waits without a deadline of its own since then
-        reader = finish(request, -ETIMEDOUT)
-    else:
-        request.state = WAITING
-        insert(&queue.waiting, request)
-    pthread_mutex_unlock(&queue.mutex)
-    wake(reader)
-
-
-cdef void queue_complete(queue_t* queue, request_t* request, int64_t result) noexcept nogil:
-    cdef reader_t* reader
-    pthread_mutex_lock(&queue.mutex)
-    remove(&queue.held, request)
-    reader = finish(request, result)
-    pthread_mutex_unlock(&queue.mutex)
-    wake(reader)
-
-
-cdef int64_t queue_deadline(queue_t* queue) noexcept nogil:
-    return deadline_of(queue, &queue.held)
-
-
-cdef int64_t queue_first_deadline(queue_t* queue) noexcept nogil:
-    return deadline_of(queue, &queue.waiting)
-
-
-cdef int64_t deadline_of(queue_t* queue, request_list_t* list) noexcept nogil:
-    cdef int64_t deadline = INT64_MAX
-    pthread_mutex_lock(&queue.mutex)
-    if list.first != NULL:
-        deadline = list.first.deadline
-    pthread_mutex_unlock(&queue.mutex)
-    return deadline
-
-
-cdef void queue_woken(queue_t* queue) noexcept nogil:
-    cdef uint64_t value
-    eventfd_read(queue.wakeup, &value)
-
-
-cdef void queue_fail(queue_t* queue, int error) noexcept nogil:
-    cdef request_t* request
-    pthread_mutex_lock(&queue.mutex)
-    if queue.error != EBADF:  # the thread waits for that one to end
-        queue.error = error
-    while queue.waiting.first != NULL:
-        request = queue.waiting.first
-        remove(&queue.waiting, request)
-        wake(finish(request, -error))
-    eventfd_write(queue.wakeup, 1)
-    call(&queue.needed, 1)
-    pthread_mutex_unlock(&queue.mutex)
-
-
-cdef int queue_failed(queue_t* queue) noexcept nogil:
-    cdef int error
-    pthread_mutex_lock(&queue.mutex)
-    error = queue.error
-    pthread_mutex_unlock(&queue.mutex)
-    return error
-
-
-cdef void queue_tell(queue_t* queue, news_kind kind, const char* text) noexcept nogil:
-    pthread_mutex_lock(&queue.mutex)
-    if kind == FAULT or (kind == TROUBLE) != queue.trouble:
-        if kind != FAULT:
-            queue.trouble = kind == TROUBLE
-        queue.news = kind
-        strncpy(queue.text, text, NEWS_SIZE - 1)
-        pthread_cond_broadcast(&queue.told)
-    pthread_mutex_unlock(&queue.mutex)
-
-
-cdef news_kind fetch_news(queue_t* queue, char* text) noexcept nogil:
-    cdef news_kind kind
-    pthread_mutex_lock(&queue.mutex)
-    while queue.news == NO_NEWS and not queue.ended:
-        pthread_cond_wait(&queue.told, &queue.mutex)
-    kind = queue.news
-    queue.news = NO_NEWS
-    strncpy(text, queue.text, NEWS_SIZE)
-    pthread_mutex_unlock(&queue.mutex)
-    return kind
-
-
-cdef void end_news(queue_t* queue) noexcept nogil:
-    pthread_mutex_lock(&queue.mutex)
-    queue.ended = 1
-    pthread_cond_broadcast(&queue.told)
     pthread_mutex_unlock(&queue.mutex)

@@ -47,6 +47,7 @@ ROWS = (
     ("_iscsi",),
     ("_iscsisession",),
     ("_requests",),
+    ("_queue",),
     ("_cache", "_pysource", "_statuses", "_pool", "_interrupts"),
     ("_source", "_threads", "_reply", "_inotify", "_streams", "_blockfile"),
     ("_answer", "_sandbox"),
