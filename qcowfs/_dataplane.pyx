@@ -26,7 +26,7 @@ from qcowfs._handles cimport (
 from qcowfs._interrupts cimport interrupts_answer, interrupts_hold, interrupts_pass_on
 from qcowfs._mapped cimport mapped_has_warning, mapped_read, mapped_seek
 from qcowfs._nodes cimport Nodes
-from qcowfs._reply cimport device_reply
+from qcowfs._reply cimport device_reply, device_result
 from qcowfs._seek cimport disk_seek
 from qcowfs._tables cimport fault_t
 from qcowfs._threads cimport thread_start, thread_stop
@@ -269,10 +269,7 @@ cdef bint answer_read(worker_t* worker, const fuse_in_header* request, const fus
         got = handle_read(handle, worker.buffer, wanted.size, wanted.offset)
     if handle.made:
         tree_waited(&plane.trees)
-    if got < 0:
-        device_reply(plane.device, request, <int>-got, NULL, 0)
-    else:
-        device_reply(plane.device, request, 0, worker.buffer, <uint64_t>got)
+    device_result(plane.device, request, got, worker.buffer)
     handles_put(plane.handles, handle)
     return True
 
@@ -287,10 +284,7 @@ cdef bint answer_listing(worker_t* worker, const fuse_in_header* request, fuse_r
             &plane.trees, wanted.fh, wanted.offset, request.opcode == FUSE_READDIRPLUS, worker.buffer, wanted.size)
     if got == NOT_OURS:
         return False
-    if got < 0:
-        device_reply(plane.device, request, <int>-got, NULL, 0)
-    else:
-        device_reply(plane.device, request, 0, worker.buffer, <uint64_t>got)
+    device_result(plane.device, request, got, worker.buffer)
     return True
 
 
