@@ -6,8 +6,8 @@ cache of remote blocks holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from bench import reader
 from bench.images import Image
 from bench.reader import OffsetList
-from bench.rivals import OURS, QEMU, qcowfs, running, wait_until
+from bench.rivals import OURS, QEMU, exported, shown
 from bench.works import REMOTE_SEQUENTIAL, Work
 from tests.support.iscsi import Target
 from tests.support.nbd import free_port, nbdkit
@@ -86,29 +86,8 @@ def http(image: Image, directory: Path, stack: ExitStack) -> Place:
     return Place(url, image.snapshot, f"driver=http,url={url}")
 
 
-@contextmanager
-def our_mount(place: Place, directory: Path) -> Iterator[Path]:
-    qcowfs("mount", place.url, directory)
-    try:
-        yield directory / f"{place.snapshot or 'current'}.raw"
-    finally:
-        qcowfs("umount", directory)
-
-
-@contextmanager
-def qemu_export(place: Place, directory: Path) -> Iterator[Path]:
-    file = directory / "export.raw"
-    file.touch()
-    command = [
-        QEMU,
-        *("--blockdev", f"node-name=file,read-only=on,{place.driver}"),
-        *("--blockdev", "driver=qcow2,node-name=disk,read-only=on,file=file"),
-        *("--export", f"type=fuse,id=export,node-name=disk,writable=off,mountpoint={file}"),
-    ]
-    with running(command) as daemon:
-        wait_until(daemon, lambda: file.stat().st_size > 0)
-        yield file
-
-
 SERVERS: dict[str, Callable[[Image, Path, ExitStack], Place]] = {"iSCSI": iscsi, "NBD": nbd, "HTTP": http}
-SHOWN: dict[str, Callable[[Place, Path], AbstractContextManager[Path]]] = {OURS: our_mount, QEMU: qemu_export}
+SHOWN: dict[str, Callable[[Place, Path], AbstractContextManager[Path]]] = {
+    OURS: lambda place, directory: shown(place.url, place.snapshot, directory),
+    QEMU: lambda place, directory: exported(place.driver, directory),
+}

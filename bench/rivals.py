@@ -85,9 +85,16 @@ def our_options() -> str:
 @contextmanager
 def our_mount(image: Image, directory: Path, *options: str) -> Iterator[Path]:
     """qcowfs as its users start it: the command returns when the mount is ready."""
-    qcowfs("mount", *options, image.path, directory)
+    with shown(image.path, image.snapshot, directory, *options) as file:
+        yield file
+
+
+@contextmanager
+def shown(image: Path | str, snapshot: str | None, directory: Path, *options: str) -> Iterator[Path]:
+    """Mount `image`, a path or a URL, and yield the file of its snapshot, or of its active state."""
+    qcowfs("mount", *options, image, directory)
     try:
-        yield directory / f"{image.snapshot or 'current'}.raw"
+        yield directory / f"{snapshot or 'current'}.raw"
     finally:
         qcowfs("umount", directory)
 
@@ -106,11 +113,18 @@ def qemu_export(image: Image, directory: Path) -> Iterator[Path]:
     """qemu-storage-daemon's FUSE export, over an empty file."""
     if image.snapshot:
         raise CannotShowError("it cannot show an internal snapshot")
+    with exported(f"driver=file,filename={image.path}", directory) as file:
+        yield file
+
+
+@contextmanager
+def exported(driver: str, directory: Path) -> Iterator[Path]:
+    """Export the active state of the qcow2 image that `driver`, options of a block driver of QEMU's, leads to."""
     file = directory / "export.raw"
     file.touch()
     command = [
         QEMU,
-        *("--blockdev", f"driver=file,node-name=file,read-only=on,filename={image.path}"),
+        *("--blockdev", f"node-name=file,read-only=on,{driver}"),
         *("--blockdev", "driver=qcow2,node-name=disk,read-only=on,file=file"),
         *("--export", f"type=fuse,id=export,node-name=disk,writable=off,mountpoint={file}"),
     ]
