@@ -15,6 +15,9 @@ export PYTHONDONTWRITEBYTECODE = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# What a target needs is made in the order in which it stands there: without the packages nothing can be compiled. The
+# steps themselves use all processors.
+.NOTPARALLEL:
 
 .PHONY: help
 help:  ## say what each target is for
@@ -22,14 +25,18 @@ help:  ## say what each target is for
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup:  ## install what is missing on this machine, from Debian (as root, or with sudo)
-	@tools/setup
+setup: setup-test  ## install what any target needs and this machine lacks, from Debian (as root, or with sudo)
+
+SETUPS := setup-build setup-demo setup-test setup-bench
+.PHONY: $(SETUPS)
+$(SETUPS): setup-%:
+	@tools/setup $*
 
 .venv/complete: pyproject.toml tools/venv
 	@CFLAGS="$(WARNINGS) $(CFLAGS)" tools/venv
 
 .PHONY: build
-build: setup .venv/complete build/compiled  ## compile the Cython modules in place, those that changed
+build: setup-build .venv/complete build/compiled  ## compile the Cython modules in place, those that changed
 
 # Not cythonize: each of its processes reads pyproject.toml, builds all modules, and now and then copies one while another
 # process does.
@@ -40,23 +47,23 @@ build/compiled: $(COMPILED_FROM) .venv/complete
 	@touch $@
 
 .PHONY: demo
-demo: build vm  ## the whole story on a real virtual machine, in about a minute; KEEP=1 leaves it mounted
+demo: setup-demo build vm  ## the whole story on a real virtual machine, in about a minute; KEEP=1 leaves it mounted
 	@PATH="$(CURDIR)/$(PROGRAMS):$$PATH" $(PROGRAMS)/python -m demo.story $(if $(KEEP),--keep)
 
 .PHONY: test
-test: build vm  ## every test: units, against QEMU, hostile images, real mounts, a real virtual machine
+test: setup-test build vm  ## every test: units, against QEMU, hostile images, real mounts, a real virtual machine
 	$(AS_ROOT) $(PROGRAMS)/python -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
 .PHONY: quick
-quick: build  ## the tests that take seconds and need no root
+quick: setup-test build  ## the tests that take seconds and need no root
 	$(PROGRAMS)/python -m pytest -n $(JOBS) -m "not slow" tests/unit tests/meta $(TESTS)
 
 .PHONY: vm
-vm: setup .venv/complete  ## get the kernel that the tests' virtual machine boots (30 MB, once)
+vm: setup-demo .venv/complete  ## get the kernel that the tests' virtual machine boots (30 MB, once)
 	@$(PROGRAMS)/python -m tests.support.bootimage
 
 .PHONY: lint
-lint: build types  ## style, formatting and types of Python and Cython, and the man pages' syntax
+lint: setup-test build types  ## style, formatting and types of Python and Cython, and the man pages' syntax
 	$(PROGRAMS)/ruff check $(PYTHON_CODE)
 	$(PROGRAMS)/ruff format --check $(PYTHON_CODE)
 	PATH="$(CURDIR)/$(PROGRAMS):$$PATH" $(PROGRAMS)/cython-lint qcowfs  # it runs pycodestyle by name
@@ -72,20 +79,19 @@ format: .venv/complete  ## put the Python code into the form that `make lint` wa
 	$(PROGRAMS)/ruff format $(PYTHON_CODE)
 
 .PHONY: annotate
-annotate: setup .venv/complete  ## build/annotate/*.html: which lines of Cython call into Python, and are slow for it
+annotate: setup-build .venv/complete  ## build/annotate/*.html: which lines of Cython call into Python, and are slow for it
 	@tools/annotate
 
 .PHONY: coverage
-coverage: build vm  ## which lines the tests reach, in Python and in Cython (build/coverage/html)
+coverage: setup-test build vm  ## which lines the tests reach, in Python and in Cython (build/coverage/html)
 	@$(AS_ROOT) tools/coverage $(TESTS)
 
 .PHONY: sanitize
-sanitize: build  ## the data plane's tests under ThreadSanitizer, in some minutes
+sanitize: setup-test build  ## the data plane's tests under ThreadSanitizer, in some minutes
 	@$(AS_ROOT) tools/sanitize $(TESTS)
 
 .PHONY: bench
-bench: build  ## figures against other programs that show an image, as Markdown; BENCH='--help' says what can be chosen
-	@WITH_RIVALS=1 tools/setup
+bench: setup-bench build  ## figures against other programs that show an image, as Markdown; BENCH='--help' says what can be chosen
 	@$(AS_ROOT) $(PROGRAMS)/python -m bench $(BENCH)
 
 .PHONY: man
