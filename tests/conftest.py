@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import in_ci, leftovers, mounts
+from tests.support import in_ci, leftovers, mounts, not_installed
 
 # Under `--dist loadgroup` the tests of a group run one after the other: mounts measure times and look at what is left.
 ONE_AFTER_THE_OTHER = {"mount": "mounts", "e2e": "machines"}
@@ -20,7 +20,9 @@ SESSION_MARK = "QCOWFS_TEST_SESSION"  # in the environment of every process that
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the run a directory of its own for temporary files, before anybody makes one."""
+    """Give the run a directory of its own for temporary files, before anybody makes one, and a path to all programs."""
+    # Where servers are, and what makes file systems: not on every ordinary user's path.
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     if SESSION_MARK not in os.environ:
         leftovers.remove_old_directories()
         directory = tempfile.mkdtemp(prefix=f"{leftovers.PREFIX}{os.getpid()}-")
@@ -53,8 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
+    program = _missing_program(call.excinfo)
+    if program is not None:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {not_installed(program)}")
     _fail_if_skipped_in_ci(report)
     return report
 
@@ -64,6 +70,15 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     report = yield
     _fail_if_skipped_in_ci(report)
     return report
+
+
+def _missing_program(failure: pytest.ExceptionInfo[BaseException] | None) -> str | None:
+    """Return the program that a test could not run because it is not installed: not each of them is asked for first."""
+    if failure is None or not isinstance(failure.value, FileNotFoundError):
+        return None
+    program = os.fsdecode(failure.value.filename or "")
+    started = failure.traceback[-1].name == "_execute_child"  # of subprocess; no other file is meant
+    return program if started and program and "/" not in program and shutil.which(program) is None else None
 
 
 def _fail_if_skipped_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:

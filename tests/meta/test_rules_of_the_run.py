@@ -17,7 +17,18 @@ def run_pytest(directory: Path, test: str, *, ci: bool = False) -> subprocess.Co
     unwanted = ("CI", "QCOWFS_TEST_SESSION", "PYTEST_XDIST_WORKER")
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     environment |= {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(directory)} | ({"CI": "true"} if ci else {})
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "test_it.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-ra",
+        "-p",
+        "tests.conftest",
+        "-p",
+        "no:cacheprovider",
+        "test_it.py",
+    ]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -31,6 +42,32 @@ def test_ci_fails_where_a_test_is_skipped(tmp_path: Path) -> None:
     assert "1 skipped" in elsewhere.stdout
     assert in_ci.returncode == 1
     assert "no-such-program" in in_ci.stdout
+
+
+def test_a_test_whose_program_is_not_installed_is_skipped_and_in_ci_fails(tmp_path: Path) -> None:
+    running = (
+        "import pytest, subprocess\n"
+        "@pytest.fixture\n"
+        "def server(): subprocess.run(['no-such-program'])\n"
+        "def test(server): pass\n"
+    )
+
+    elsewhere = run_pytest(tmp_path, running)
+    in_ci = run_pytest(tmp_path, running, ci=True)
+
+    assert elsewhere.returncode == 0, elsewhere.stdout
+    assert "no-such-program: not installed; `make setup` installs it" in elsewhere.stdout
+    assert in_ci.returncode == 1
+    assert "no-such-program: not installed" in in_ci.stdout
+
+
+def test_another_file_that_is_missing_fails_a_test(tmp_path: Path) -> None:
+    missing = "import subprocess\ndef test_file(): open('no-such-file')\n"
+    missing += "def test_directory(): subprocess.run(['true'], cwd='/no-such-directory')\n"
+
+    done = run_pytest(tmp_path, missing)
+
+    assert "2 failed" in done.stdout
 
 
 def test_ci_fails_where_a_module_is_skipped(tmp_path: Path) -> None:

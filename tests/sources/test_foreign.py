@@ -191,7 +191,6 @@ class TestProtocols:
         assert [] == children()
 
     def test_are_read_by_qemu(self, disk: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-        need("sshd", "ssh-agent")
         with ssh_server(disk.parent) as (port, agent):
             monkeypatch.setenv("SSH_AUTH_SOCK", agent)
             url = f"ssh://{getpass.getuser()}@127.0.0.1:{port}{disk}?host_key_check=no"

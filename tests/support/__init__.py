@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-__all__ = ["in_ci", "lacking", "need"]
+__all__ = ["in_ci", "lacking", "need", "not_installed"]
 
 
 def in_ci() -> bool:
@@ -16,10 +16,15 @@ def in_ci() -> bool:
 
 
 def need(*programs: str) -> None:
-    """Skip the calling test, or module, where one of `programs` is not on PATH (or in /sbin); in CI fail it."""
-    missing = [program for program in programs if shutil.which(program, path=_search_path()) is None]
+    """Skip the calling test, or module, where one of `programs` is not on PATH; in CI fail it."""
+    missing = [program for program in programs if shutil.which(program) is None]
     if missing:
-        lacking(f"{', '.join(missing)}: not installed; `make setup` installs it")
+        lacking(not_installed(*missing))
+
+
+def not_installed(*programs: str) -> str:
+    """Return why what needs these cannot run."""
+    return f"{', '.join(programs)}: not installed; `make setup` installs it"
 
 
 def lacking(reason: str) -> None:
@@ -27,7 +32,3 @@ def lacking(reason: str) -> None:
     if in_ci():
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason, allow_module_level=True)
-
-
-def _search_path() -> str:
-    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"

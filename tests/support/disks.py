@@ -50,14 +50,13 @@ class BytesDisk:
 
 def run(*words: str | Path, text: str | None = None, check: bool = True) -> str:
     """Run a tool, with `text` as its input, and return what it printed; a failure shows what it said."""
-    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     done = subprocess.run(
         [str(word) for word in words],
         input=text,
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
-        env={**os.environ, "PATH": path, "LVM_SUPPRESS_FD_WARNINGS": "1", "LC_ALL": "C.UTF-8"},
+        env={**os.environ, "LVM_SUPPRESS_FD_WARNINGS": "1", "LC_ALL": "C.UTF-8"},
     )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(map(str, words))}: {done.stderr}")

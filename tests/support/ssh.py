@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support import need
 from tests.support.mounts import wait_until
 from tests.support.nbd import free_port, listens
 
@@ -18,6 +20,7 @@ __all__ = ["ssh_server"]
 @contextmanager
 def ssh_server(directory: Path) -> Iterator[tuple[int, str]]:
     """Run the server with files of its own in `directory`; yields its port, and SSH_AUTH_SOCK for clients."""
+    need("sshd", "ssh-keygen", "ssh-agent", "ssh-add")
     for key in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / key], check=True)
     port = free_port()
@@ -34,7 +37,9 @@ def ssh_server(directory: Path) -> Iterator[tuple[int, str]]:
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # for the privileges that it drops
     words = [word for option, value in options.items() for word in ("-o", f"{option}={value}")]
-    server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", *words], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [str(shutil.which("sshd")), "-D", "-e", "-f", "/dev/null", *words], stderr=subprocess.DEVNULL
+    )
     said = subprocess.check_output(["ssh-agent", "-s", "-a", str(directory / "agent")], text=True)
     agent = re.findall(r"SSH_AGENT_PID=(\d+)", said)[0]
     try:
