@@ -13,7 +13,8 @@ from qcowfs.inside.reader import Device, Reader, Unreadable
 
 __all__ = ["READERS", "available", "import_reader", "open_reader"]
 
-EXT = ("qcowfs.inside.ext", "qcowfs._ext2", "libext2fs is missing; reinstall qcowfs where libext2fs is installed")
+LIBEXT2FS = "qcowfs was built without libext2fs; install it and its headers (Debian: libext2fs-dev), then qcowfs again"
+EXT = ("qcowfs.inside.ext", "qcowfs._ext2", LIBEXT2FS)
 REINSTALL = "reinstall qcowfs"
 
 # Kind of file system: the module, what the module itself needs, and what to do where that is not installed.

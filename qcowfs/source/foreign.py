@@ -19,7 +19,7 @@ from qcowfs.errors import SourceError, UnsupportedImage
 from qcowfs.source.foreignformat import FORMATS, require_alone
 from qcowfs.source.launch import IMAGE_NUMBER
 from qcowfs.source.news import log_news
-from qcowfs.source.remote import Remote, RemoteSettings
+from qcowfs.source.remote import Remote, RemoteSettings, lacking_library
 from qcowfs.source.url import Url
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def _connected(
     try:
         from qcowfs.source.childsource import ChildSource
     except ImportError as error:
-        hint = "install libnbd (Debian: libnbd0; to build qcowfs, libnbd-dev)"
-        raise UnsupportedImage(name, what, "qcowfs was built without libnbd", hint=hint) from error
+        raise lacking_library(name, what, "libnbd", error) from error
     command = [program, "--read-only", "--persistent", f"--shared={CLIENTS}", *image]
     source = ChildSource(name, command, descriptor, settings.patience, where)
     try:

@@ -14,9 +14,9 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import unquote_to_bytes
 
-from qcowfs.errors import SourceError, UnsupportedImage, printable
+from qcowfs.errors import SourceError, printable
 from qcowfs.source.news import log_news
-from qcowfs.source.remote import Remote, RemoteSettings
+from qcowfs.source.remote import Remote, RemoteSettings, lacking_library
 
 if TYPE_CHECKING:
     from qcowfs._iscsi import Login, LunSource
@@ -65,8 +65,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
     try:
         from qcowfs._iscsi import LunSource
     except ImportError as error:
-        hint = "reinstall qcowfs where libiscsi is installed (Debian: libiscsi-dev, pip install qcowfs)"
-        raise UnsupportedImage(url.shown, "the protocol iscsi", "libiscsi is not installed", hint=hint) from error
+        raise lacking_library(url.shown, "the protocol iscsi", "libiscsi", error) from error
     login = _login(url)
     try:
         source = LunSource(url.shown, settings.patience, login)

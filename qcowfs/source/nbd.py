@@ -13,9 +13,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from qcowfs.errors import SourceError, UnsupportedImage, printable
+from qcowfs.errors import SourceError, printable
 from qcowfs.source.news import log_news
-from qcowfs.source.remote import Remote, RemoteSettings
+from qcowfs.source.remote import Remote, RemoteSettings, lacking_library
 from qcowfs.source.url import Url
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def _source(url: Url, settings: RemoteSettings) -> NbdSource:
     try:
         from qcowfs._nbd import NbdSource
     except ImportError as error:
-        hint = "install libnbd (Debian: libnbd0; to build qcowfs, libnbd-dev)"
-        raise UnsupportedImage(url.shown, "cannot be opened", "qcowfs was built without libnbd", hint=hint) from error
+        raise lacking_library(url.shown, f"the protocol {url.scheme}", "libnbd", error) from error
     words = url.words
     unknown = words.keys() - {SOCKET, CERTIFICATES, KEYS}
     if unknown:

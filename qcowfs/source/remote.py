@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qcowfs.source.cachedir import CacheDirectory
     from qcowfs.source.url import Url
 
-__all__ = ["SCHEMES", "Remote", "RemoteSettings", "Remotes"]
+__all__ = ["SCHEMES", "Remote", "RemoteSettings", "Remotes", "lacking_library"]
 
 # The room of each scheme, in this folder.
 SCHEMES = {
@@ -79,6 +79,14 @@ class Remote:
     modified_ns: int | None = None
     disk_size: int | None = None
     near: bool = False
+
+
+def lacking_library(image: str, what: str, library: str, error: ImportError) -> UnsupportedImage:
+    """Return the error for a C library that is not here, or was not when qcowfs was built."""
+    if isinstance(error, ModuleNotFoundError):
+        hint = f"install {library} and its headers (Debian: {library}-dev), then qcowfs again"
+        return UnsupportedImage(image, what, f"qcowfs was built without {library}", hint=hint)
+    return UnsupportedImage(image, what, str(error), hint=f"install {library}")
 
 
 class _Room(Protocol):

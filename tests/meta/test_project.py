@@ -1,13 +1,9 @@
-"""What the project says of itself in several places agrees, and a plain `pip install .` makes a command that works."""
+"""What the project says of itself in several places agrees."""
 
 from __future__ import annotations
 
 import ast
-import os
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,14 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.support import need
-from tests.support.qemu import qemu
-
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted((ROOT / "qcowfs").glob("_*.pyx"))
 HEAD = re.compile(r"^# distutils: libraries = (.+)$", re.MULTILINE)
 DECISION = re.compile(r"docs/decisions/(\d{4}-[\w-]+\.md)")
-OF_THE_CHECKOUT = ("qcowfs", "man", "completion", "pyproject.toml", "README.md", "LICENSE")
 
 
 def extension_modules() -> dict[str, Any]:
@@ -144,76 +136,3 @@ class TestTheChecks:
         name = "0000-no-such-thing.md"
 
         assert {name} == decisions_named_in(f"see docs/decisions/{name}.")
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment into which `pip install .` installed a copy of this checkout."""
-    need("gcc", "pkg-config")
-    directory = tmp_path_factory.mktemp("installed")
-    _copy_checkout(directory / "checkout")
-    base = sys.base_prefix
-    python = next(path for path in (f"{base}/bin/python3", sys.executable) if os.access(path, os.X_OK))
-    subprocess.run([python, "-m", "venv", directory / "venv"], check=True, timeout=120)
-    pip = [directory / "venv/bin/pip", "--disable-pip-version-check", "install", "--quiet", "."]
-    # How fast the code would be does not matter here, and compiling it well takes minutes.
-    (directory / "build.cfg").write_text(f"[build_ext]\nparallel = {os.cpu_count()}\n")
-    quickly = {**_plain(), "CFLAGS": "-O0", "DIST_EXTRA_CONFIG": str(directory / "build.cfg")}
-    done = subprocess.run(pip, cwd=directory / "checkout", env=quickly, timeout=560, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return directory / "venv"
-
-
-def _copy_checkout(target: Path) -> None:
-    """Copy what pip needs, and nothing compiled: an extension that lies there could hide one that is not built."""
-    unwanted = shutil.ignore_patterns("*.so", "*.c", "__pycache__")
-    target.mkdir()
-    for name in OF_THE_CHECKOUT:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=unwanted)
-        else:
-            shutil.copy(source, target / name)
-
-
-def _plain() -> dict[str, str]:
-    """Return an environment in which nothing of this checkout can be imported by chance."""
-    return {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-class TestPipInstall:
-    """Evidence: own fixture; qemu-img made the image."""
-
-    def test_makes_a_command_that_works_elsewhere(self, installed: Path, tmp_path: Path) -> None:
-        need("qemu-img")
-        qemu("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "image.qcow2", "1M")
-        qemu("qemu-img", "snapshot", "-c", "before-upgrade", tmp_path / "image.qcow2")
-
-        done = _run(installed / "bin/qcowfs", "list", "image.qcow2", cwd=tmp_path)
-
-        assert (done.returncode, done.stderr) == (0, "")
-        assert ["current", "before-upgrade"] == [line.split()[0] for line in done.stdout.splitlines()[1:]]
-
-    def test_installs_the_compiled_modules_and_not_the_checkouts(self, installed: Path, tmp_path: Path) -> None:
-        program = "import qcowfs._core, sys; print(qcowfs._core.__file__)"
-
-        done = _run(installed / "bin/python", "-c", program, cwd=tmp_path)
-
-        assert done.stdout.startswith(str(installed))
-
-    def test_installs_the_manual_the_completions_and_the_helper_of_mount(self, installed: Path) -> None:
-        pages = {path.name for path in (ROOT / "man").glob("*.[178]")}
-
-        assert pages == {path.name for path in (installed / "share/man").rglob("*.[178]") if "qcowfs" in path.name}
-        assert (installed / "share/bash-completion/completions/qcowfs").exists()
-        assert (installed / "share/zsh/site-functions/_qcowfs").exists()
-        assert (installed / "share/fish/vendor_completions.d/qcowfs.fish").exists()
-        assert os.access(installed / "bin/mount.qcowfs", os.X_OK)
-
-
-def _run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, env=_plain(), timeout=60, capture_output=True, text=True, check=False)

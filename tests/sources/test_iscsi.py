@@ -234,7 +234,8 @@ def test_without_libiscsi_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UnsupportedImage) as caught:
         open_url(parse_url("iscsi://127.0.0.1/iqn/1"), RemoteSettings())
 
-    assert "libiscsi is not installed" in str(caught.value)
+    assert "iscsi://127.0.0.1/iqn/1: the protocol iscsi: qcowfs was built without libiscsi" == str(caught.value)
+    assert "libiscsi-dev" in (caught.value.hint or "")
     assert "libiscsi-dev" in str(caught.value.hint)
 
 
