@@ -224,14 +224,14 @@ def _is_ours(status: os.stat_result) -> bool:
 
 
 def _open_directory(path: str) -> int:
-    """Open the directory, made if there is none.
+    """Open the directory, made if there is none, with those above it: not everybody has a ~/.cache.
 
     Raises:
         UsageError: no directory, not ours alone, or not to be written.
     """
     try:
         with suppress(FileExistsError):
-            os.mkdir(path, 0o700)
+            os.makedirs(path, 0o700)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise UsageError(f"cannot keep blocks of images in {path}: {error.strerror}") from error

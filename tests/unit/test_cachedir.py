@@ -290,11 +290,19 @@ def test_too_small_a_bound_is_refused(directory: Path) -> None:
         CacheDirectory(str(directory), BOUND - 1)
 
 
+def test_the_directory_is_made_with_those_above_it(tmp_path: Path) -> None:
+    base = RemoteBase(CONTENT)
+    read(tmp_path / ".cache/qcowfs", base)
+
+    assert 0o700 == (tmp_path / ".cache/qcowfs").stat().st_mode & 0o777
+    assert [] != files(tmp_path / ".cache/qcowfs")
+
+
 def test_what_is_no_directory_of_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    for name, why in (("file", "Not a directory"), ("open", "other users may write"), ("a/b", "No such file")):
+    for name, why in (("file", "Not a directory"), ("open", "other users may write"), ("file/b", "Not a directory")):
         with pytest.raises(UsageError, match=why):
             CacheDirectory(str(tmp_path / name))
 
