@@ -25,7 +25,12 @@ COMPLETED_AS = {
     "out": shtab.FILE,
     "backing": shtab.FILE,
     "log_file": shtab.FILE,
+    "dest": shtab.FILE,  # of restore: also a directory
+    "file": shtab.FILE,  # of snapshot
+    "qmp": shtab.FILE,  # a socket
+    "agent": shtab.FILE,
     "all": shtab.DIR,
+    "cache_dir": shtab.DIR,
     "mountpoint": shtab.DIR,
     "mountpoints": shtab.DIR,
 }
