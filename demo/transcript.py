@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from tests.support.mounts import Person, me, script
 from tests.support.vm import Machine
@@ -24,7 +22,7 @@ class StoryFailed(Exception):
 
 
 class Transcript:
-    """Runs commands on the host, in the guest and on QMP, and prints them. `out` None prints nothing."""
+    """Runs commands on the host and in the guest, and prints them. `out` None prints nothing."""
 
     def __init__(self, directory: Path, out: TextIO | None = sys.stdout) -> None:
         self._directory = directory
@@ -82,14 +80,6 @@ class Transcript:
         output = machine.run(command)
         self._output(output)
         return output
-
-    def qmp(self, machine: Machine, command: str, shown: Callable[[Any], Any] | None = None, **arguments: Any) -> Any:
-        """Run a QMP command; `shown` shortens its answer for the reader."""
-        asked = {"execute": command} | ({"arguments": arguments} if arguments else {})
-        self.show("QMP ->", json.dumps(asked))
-        answer = machine.qmp(command, **arguments)
-        self._output(f"QMP <- {json.dumps(shown(answer))}   (shortened)" if shown else f"QMP <- {json.dumps(answer)}")
-        return answer
 
     def _output(self, text: str) -> None:
         if text.strip():

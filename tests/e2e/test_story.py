@@ -20,7 +20,7 @@ import pytest
 from demo.story import SNAPSHOT, Story
 from demo.transcript import Transcript
 from tests.support.guests import loop_mounted
-from tests.support.mounts import Person, mounted, qemu, script, shell
+from tests.support.mounts import REPOSITORY, Person, mounted, qemu, script, shell
 from tests.support.trees import describe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("root")]
@@ -29,9 +29,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("root")]
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Return the story after its first act: the images are there."""
-    directory = tmp_path_factory.mktemp("story")
+    directory = tmp_path_factory.mktemp("v")
+    programs = tmp_path_factory.mktemp("bin")
+    script(programs / "qcowfs")
     told = Story(directory, Transcript(directory, out=sys.stdout))
-    told.make_images()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        told.make_images()
     return told
 
 
@@ -43,7 +47,6 @@ def image(story: Story) -> Path:
 @pytest.fixture(scope="module")
 def points(story: Story, image: Path) -> Iterator[Path]:
     """Mount the image for all tests of this file."""
-    story.points.mkdir()
     with mounted(image, story.points) as mount:
         yield mount.path
 
@@ -160,6 +163,14 @@ def test_the_exported_chain_is_the_points(image: Path, points: Path, tmp_path: P
         assert filecmp.cmp(converted, points / f"{name}.raw", shallow=False), name
 
 
+def commands_of_readme() -> set[str]:
+    """Return the command lines of the session that README.md says is from the demo."""
+    session = (REPOSITORY / "README.md").read_text().split("`make demo`", 1)[1].split("That is the checksum", 1)[0]
+    found = {line.strip() for line in session.splitlines() if line.startswith(("    $", "    guest#", "    nobody$"))}
+    assert len(found) > 5
+    return found
+
+
 def test_the_demo_tells_the_story_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transcript ends with exit code 0; the mounts and the files are gone."""
     tmp_path.chmod(0o711)
@@ -173,6 +184,7 @@ def test_the_demo_tells_the_story_and_leaves_nothing(tmp_path: Path, monkeypatch
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert "The same checksum as in the guest" in done.stdout
+    assert set() == commands_of_readme() - set(done.stdout.splitlines())
     assert "nobody$ cp points/data/data1.dat restored.dat" in done.stdout
     assert ["qcowfs"] == [path.name for path in tmp_path.iterdir()]
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
