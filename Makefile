@@ -42,8 +42,8 @@ build: setup-build .venv/complete build/compiled  ## compile the Cython modules 
 # process does.
 build/compiled: $(COMPILED_FROM) .venv/complete
 	@mkdir -p build
-	CFLAGS="$(WARNINGS) $(CFLAGS)" $(PROGRAMS)/python -c 'from setuptools import setup; setup()' --quiet \
-		build_ext --inplace --parallel $(JOBS)
+	@CFLAGS="$(WARNINGS) $(CFLAGS)" DIST_EXTRA_CONFIG=$(CURDIR)/.venv/build.cfg $(PROGRAMS)/python \
+		-c 'from setuptools import setup; setup()' --quiet build_ext --inplace --parallel $(JOBS)
 	@touch $@
 
 .PHONY: demo
