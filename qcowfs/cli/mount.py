@@ -35,6 +35,16 @@ if TYPE_CHECKING:
     from qcowfs.qmp.follower import DeviceFollower
 
 HELP = "show every point in time of an image: its disk as a file, and the files inside"
+EXAMPLES = """\
+examples:
+  qcowfs mount image.qcow2 points
+  qcowfs mount --allow-backing /srv/golden image.qcow2 points    its backing file lies there
+  qcowfs mount https://images.example.com/image.qcow2 points     an image on a server
+  qcowfs mount --qmp /run/vm.qmp                                 which disks a running machine has
+  qcowfs mount --qmp /run/vm.qmp:drive0 points                   one of them
+
+'qcowfs umount points' unmounts. See qcowfs-mount(1).
+"""
 
 # mount(8), EXIT STATUS
 MOUNT_USAGE = 1
