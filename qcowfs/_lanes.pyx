@@ -10,15 +10,17 @@ import logging
 import threading
 
 from cython cimport no_gc_clear
-from libc.errno cimport EBADF, ESTALE
+from libc.errno cimport ESTALE
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from qcowfs._queue cimport queue_fail, queue_in_trouble, queue_t
 from qcowfs._requests cimport QueuedSource
 from qcowfs._source cimport Source, source_t
+from qcowfs.errors import QcowfsError
 from qcowfs.clib.atomic cimport atomic_add, atomic_exchange, atomic_load, atomic_store
 
 cdef enum:
+    REST = 60  # seconds between two attempts to have more: the server may be away, or may want no more
     LANES = 4  # as many as QEMU's nbdcopy and Linux' NBD clients take
 
 logger = logging.getLogger("qcowfs.source")
@@ -33,7 +35,7 @@ cdef struct lane_t:
 cdef struct lanes_t:
     lane_t lanes[LANES]
     uint32_t count  # atomic: those that may be used
-    uint32_t wanted  # atomic; 1: somebody found no free one
+    uint32_t wanted  # atomic; 1: somebody found no free one, and no other attempt is to be made now
     uint32_t turn  # atomic: whose connection is shared next
     void* owner
 
@@ -45,7 +47,7 @@ cdef class LanesSource(Source):
     Args:
         first: belongs to this object from now on.
         another: called without arguments, in a thread of its own; returns a source of the same bytes, or raises
-            OSError (QcowfsError is one): there are no more than those that there are.
+            OSError or QcowfsError: there is none to be had now.
     """
 
     cdef lanes_t lanes
@@ -53,7 +55,7 @@ cdef class LanesSource(Source):
     cdef list others
     cdef object another
     cdef object lock
-    cdef bint closed
+    cdef object closed
 
     def __init__(self, QueuedSource first not None, another):
         self.name = first.name
@@ -61,6 +63,7 @@ cdef class LanesSource(Source):
         self.others = []
         self.another = another
         self.lock = threading.Lock()
+        self.closed = threading.Event()
         self.lanes.owner = <void*>self
         add(&self.lanes, first)
         self.c.state = &self.lanes
@@ -78,22 +81,26 @@ cdef class LanesSource(Source):
 
     def open_others(self):
         """Open the further connections, as many as can be had."""
-        while len(self.others) + 1 < LANES and not self.closed:
-            try:
-                other = self.another()
-            except OSError as error:
-                logger.debug("%s: no connection but %d: %s", self.name, len(self.others) + 1, error)
-                return
-            with self.lock:
-                if not self.closed:
-                    self.others.append(other)
-                    add(&self.lanes, other)
-                    continue
-            other.close()
+        try:
+            while len(self.others) + 1 < LANES and not self.closed.is_set():
+                self.keep(self.another())
+        except (OSError, QcowfsError) as error:
+            logger.debug("%s: no connection but %d: %s", self.name, len(self.others) + 1, error)
+            if not self.closed.wait(REST):
+                atomic_store(&self.lanes.wanted, 0)
+
+    cdef int keep(self, QueuedSource other) except -1:
+        with self.lock:
+            if not self.closed.is_set():
+                self.others.append(other)
+                add(&self.lanes, other)
+                return 0
+        other.close()
+        return 0
 
     def close(self):
         with self.lock:
-            self.closed = True
+            self.closed.set()
         for source in (self.first, *self.others):
             source.close()
 
