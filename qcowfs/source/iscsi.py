@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import unquote_to_bytes
 
 from qcowfs.errors import SourceError, UnsupportedImage, printable
+from qcowfs.source.lanes import in_lanes
 from qcowfs.source.news import log_news
 from qcowfs.source.remote import Remote, RemoteSettings
 
@@ -63,24 +64,33 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         SourceError: no such host, target or LUN, a wrong password, no disk, or no answer.
     """
     try:
-        from qcowfs._iscsi import LunSource
+        import qcowfs._iscsi  # noqa: F401
     except ImportError as error:
         hint = "reinstall qcowfs where libiscsi is installed (Debian: libiscsi-dev, pip install qcowfs)"
         raise UnsupportedImage(url.shown, "the protocol iscsi", "libiscsi is not installed", hint=hint) from error
-    login = _login(url)
+    source = _logged_in(url, settings.patience, _login(url))
+    log_news(source, _worded)
+    return Remote(
+        source=in_lanes(source, lambda: _logged_in(url, settings.patience, _login(url)), lambda other: (other.identity, other.size)),
+        near=True,
+    )
+
+
+def _logged_in(url: Url, patience: float, login: Login) -> LunSource:
+    from qcowfs._iscsi import LunSource
+
     try:
-        source = LunSource(url.shown, settings.patience, login)
+        source = LunSource(url.shown, patience, login)
     except ValueError as error:
         raise SourceError(url.shown, "cannot log in", str(error)) from error
     try:
-        _connect(source, url, login, settings.patience)
+        _connect(source, url, login, patience)
         source.start()
         source.identity = _identity(login, source.facts)
     except BaseException:
         source.close()
         raise
-    log_news(source, _worded)
-    return Remote(source=source, near=True)
+    return source
 
 
 def _login(url: Url) -> Login:
