@@ -63,28 +63,25 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         UnsupportedImage: libiscsi is not installed.
         SourceError: no such host, target or LUN, a wrong password, no disk, or no answer.
     """
+    source = _logged_in(url, settings)
+    log_news(source, _worded)
+    lanes = in_lanes(source, lambda: _logged_in(url, settings), lambda other: (other.identity, other.size))
+    return Remote(source=lanes, near=True)
+
+
+def _logged_in(url: Url, settings: RemoteSettings) -> LunSource:
     try:
-        import qcowfs._iscsi  # noqa: F401
+        from qcowfs._iscsi import LunSource
     except ImportError as error:
         hint = "reinstall qcowfs where libiscsi is installed (Debian: libiscsi-dev, pip install qcowfs)"
         raise UnsupportedImage(url.shown, "the protocol iscsi", "libiscsi is not installed", hint=hint) from error
-    source = _logged_in(url, settings.patience, _login(url))
-    log_news(source, _worded)
-    return Remote(
-        source=in_lanes(source, lambda: _logged_in(url, settings.patience, _login(url)), lambda other: (other.identity, other.size)),
-        near=True,
-    )
-
-
-def _logged_in(url: Url, patience: float, login: Login) -> LunSource:
-    from qcowfs._iscsi import LunSource
-
+    login = _login(url)
     try:
-        source = LunSource(url.shown, patience, login)
+        source = LunSource(url.shown, settings.patience, login)
     except ValueError as error:
         raise SourceError(url.shown, "cannot log in", str(error)) from error
     try:
-        _connect(source, url, login, patience)
+        _connect(source, url, login, settings.patience)
         source.start()
         source.identity = _identity(login, source.facts)
     except BaseException:
