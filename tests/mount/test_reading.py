@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.images import MIB, Story
-from tests.support import need
+from tests.support import lacking, need
 from tests.support.mounts import Mounted, Person, call, mounted, one_line, qemu, shell, wait_until
 
 
@@ -201,6 +201,8 @@ def test_the_kernel_mounts_a_point_and_a_deleted_file_is_there(file_system: Path
 
 
 def test_a_loop_device_that_keeps_the_mount_busy_is_named(file_system: Path, target: Path) -> None:
+    if not os.path.isdir("/sys/block"):
+        lacking("sysfs is not mounted")
     with mounted(file_system, target) as mount:
         device = shell('losetup -r -f --show "$1"', mount / "data.raw").strip()
         try:
