@@ -34,12 +34,13 @@ class DeviceFollower:
 
     Attributes:
         files: the chain as it was seen last. Any thread.
+        ended: nobody has answered since then. Any thread.
     """
 
     def __init__(self, files: DeviceFiles) -> None:
         self.files = files
         self._changed: Callable[[DeviceFiles], None] | None = None
-        self._ended = False
+        self.ended = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="qcowfs-qmp", daemon=True)
 
@@ -66,6 +67,9 @@ class DeviceFollower:
             except QcowfsError as error:
                 self._lost(error)
                 self._stop.wait(RETRY_SECONDS)
+            except Exception:  # the mount lives without it
+                logger.exception("internal error")
+                self._stop.wait(RETRY_SECONDS)
             else:
                 self._stop.wait(RELEASE_SECONDS)
 
@@ -77,18 +81,19 @@ class DeviceFollower:
                 self._look(monitor)
 
     def _look(self, monitor: Monitor) -> None:
-        device = find_device(monitor, self.files.device.word)
-        if device.images == self.files.device.images and not self._ended:
+        device, known = find_device(monitor, self.files.device.word), self.files
+        same = (device.images, device.read_only, monitor.process)
+        if same == (known.device.images, known.device.read_only, known.process) and not self.ended:
             return
         self.files = locate(self.files.address, device, monitor.process)
-        self._ended = False
+        self.ended = False
         self._tell()
 
     def _lost(self, error: QcowfsError) -> None:
         """The machine has ended, or its monitor is somebody else's for long."""
         logger.debug("%s", error)
-        if not self._ended:
-            self._ended = True
+        if not self.ended:
+            self.ended = True
             self._tell()
 
     def _tell(self) -> None:
