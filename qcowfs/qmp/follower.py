@@ -20,6 +20,7 @@ from qcowfs.qmp.monitor import Monitor
 __all__ = ["DeviceFollower"]
 
 HOLD_SECONDS = 1.0  # that the monitor is held, waiting for events; others wait for it as long
+EVENT_SECONDS = 0.05  # from an event to the look: a job tells of several states in a row, and a look costs QEMU time
 RELEASE_SECONDS = 0.2  # that it is left to others, who are at its socket by then
 RETRY_SECONDS = 3.0  # after a look that failed: the machine may be off
 
@@ -78,6 +79,7 @@ class DeviceFollower:
             until = time.monotonic() + HOLD_SECONDS
             self._look(monitor)
             while not self._stop.is_set() and monitor.wait(max(0.0, until - time.monotonic())):
+                self._stop.wait(EVENT_SECONDS)
                 self._look(monitor)
 
     def _look(self, monitor: Monitor) -> None:
