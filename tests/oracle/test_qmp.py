@@ -413,7 +413,8 @@ def test_a_follower_tells_of_each_new_chain_lets_others_in_and_sees_the_end(
         with Monitor(machine) as monitor:
             device = find_device(monitor, "disk0")
             monitor.execute("block-commit", job_id="j", device=device.node, base=str(path / "b.qcow2"))
-            assert monitor.wait(PATIENCE)
+            while not monitor.execute("query-block-jobs")[0]["ready"]:
+                assert monitor.wait(PATIENCE)
             monitor.execute("block-job-complete", device="j")
         assert str(path / "b.qcow2") == told.get(timeout=PATIENCE).path
         with Monitor(machine) as monitor:
