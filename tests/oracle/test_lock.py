@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from qcowfs import follow
 from qcowfs.chain import open_chain
 from qcowfs.errors import ReadFault
 from qcowfs.gate import Policy
@@ -296,11 +297,13 @@ def test_what_a_machine_says_that_it_writes_is_written_whatever_its_locks_say(im
         with open_chain(str(image), Policy(), written=True) as chain:
             facts = [(layer.written_by_other, layer.held) for layer in chain.layers]
             found = {point.kind: point.frozen for point in points(chain)}
+            changed = [follow._has_changed(layer) for layer in chain.layers]
         with open_chain(str(image), Policy()) as chain:
             without = [layer.held for layer in chain.layers]
 
     assert [(True, False), (False, False)] == facts
     assert {"active": False, "snapshot": True, "layer": True} == found
+    assert [False, False] == changed  # a mount would open it anew all the time
     assert [True, True] == without
 
 

@@ -21,6 +21,7 @@ from qcowfs import cli
 from qcowfs.cli.machines import take_device, take_snapshot
 from qcowfs.errors import GateRefused, MonitorError, UnsupportedImage, UsageError, printable
 from qcowfs.policy import Policy, load_policy
+from qcowfs.qmp import follower as follower_module
 from qcowfs.qmp.address import Address, parse_address
 from qcowfs.qmp.devices import devices, find_device
 from qcowfs.qmp.files import DeviceFiles, locate, require_same
@@ -428,9 +429,10 @@ def test_a_follower_tells_of_each_new_chain_lets_others_in_and_sees_the_end(
 
 
 def test_a_follower_tells_of_another_machine_with_images_of_the_same_names_and_of_one_that_may_not_write(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Relative names begin where that machine runs."""
+    monkeypatch.setattr(follower_module, "RETRY_SECONDS", 0.05)
     path, told = tmp_path_factory.mktemp("v"), queue.Queue[DeviceFiles]()
     for name in ("a", "b"):
         (path / name).mkdir()
