@@ -10,6 +10,7 @@ No file is mapped into memory: a file that is cut while it is mapped would kill 
 import os
 import stat
 
+from cython cimport no_gc_clear
 from libc.errno cimport EBADF, EINTR, EINVAL, EIO, ENXIO, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -83,6 +84,7 @@ cdef class Source:
         """Give back what the source holds; reading it afterwards is an error."""
 
 
+@no_gc_clear  # without its owner it would take the descriptor for its own, and close it
 cdef class FileSource(Source):
     """A regular file or a block device, behind a descriptor that this object owns from now on."""
 

@@ -7,6 +7,7 @@ layer names is opened by the gate alone. A Chain is immutable but for `close`; a
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Hashable, Iterator
 from contextlib import suppress
 from types import TracebackType
@@ -93,7 +94,7 @@ def open_chain(
         lock: hold the lock bytes of a QEMU reader, so that nobody changes the image meanwhile.
         image_format: the format of `image`; None: find out.
         remotes: opens what is on servers; None: there is one for this chain alone.
-        written: somebody writes `image`, who was asked: on a server no lock tells.
+        written: somebody writes `image`, who was asked: locks do not tell of who takes none, or of a server's.
 
     Raises:
         UsageError: `image` is a URL that makes no sense.
@@ -213,6 +214,7 @@ class _Opener:
             backing_name=header.backing_name if header and not alone else None,
             backing_format=header.backing_format if isinstance(header, qcow2.Header) else None,
             written_by_other=written,
+            told=self._is_told,
             held=held,
             data_modified_ns=data.modified_ns if data else 0,
             file_id=file.identity,
@@ -290,14 +292,14 @@ class _Opener:
     def _written_and_held(self, file: File) -> tuple[bool, bool]:
         """Tell whether another process writes `file`, and whether none can, or what replaces it would be noticed."""
         path = printable(file.path)
+        if self._is_told:
+            return True, False
         if file.descriptor is None:
-            if self._written and not self.layers:
-                return True, False
             if not file.versioned:
                 self.warnings.append(f"{path}: its server has no locks: nobody can tell whether it is being written")
             return False, file.versioned
         try:
-            if self._lock:
+            if self._lock and not self._may_be_committed_into(file.descriptor):
                 held = hold_reader_locks(file.descriptor)
                 return not held, held
             return writer_present(file.descriptor), False
@@ -306,6 +308,18 @@ class _Opener:
         except OSError as error:
             raise SourceError.from_oserror(file.path, "cannot lock", error) from error
         return False, False
+
+    @property
+    def _is_told(self) -> bool:
+        return self._written and not self.layers
+
+    def _may_be_committed_into(self, descriptor: int) -> bool:
+        """A machine that writes the image may commit into the files below it: a lock there would make that fail.
+
+        Whoever reads a file notices that it is written, but not always that a device was.
+        """
+        running = bool(self.layers) and self.layers[0].written_by_other
+        return running and not stat.S_ISBLK(os.fstat(descriptor).st_mode)
 
     def _warn_about(self, layer: Layer) -> None:
         path = printable(layer.path)

@@ -7,7 +7,6 @@ worker threads, one at a time. docs/decisions/0011-following.md has the reasons.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Follower"]
 
 LOOK_SECONDS = 0.5  # between two looks at images that are written all the time: each takes some 0.1 ms
-POLL_SECONDS = 5.0  # the same where nobody tells of changes: block devices, file systems of other machines
+POLL_SECONDS = 5.0  # the same where nothing is heard: nobody tells of links on the way, of devices, or other machines
 REST = 4  # times as long as a reload took is none: who changes 65,536 snapshots all the time gets no more of us
 MAX_REST_SECONDS = 60.0
 EVENTS_SIZE = 1 << 16  # bytes of inotify events that are taken, and dropped, at once
@@ -114,25 +113,25 @@ class Follower:
         import trio
 
         # In a thread: a path may lie under this very mount.
-        descriptor, complete = await trio.to_thread.run_sync(self._watch_all)
+        descriptor = await trio.to_thread.run_sync(self._watch_all)
         try:
             async with trio.open_nursery() as nursery:
                 if descriptor is not None:
                     nursery.start_soon(self._listen, descriptor)
-                await self._look_until_changed(math.inf if complete else POLL_SECONDS)
+                await self._look_until_changed()
                 nursery.cancel_scope.cancel()
         finally:
             if descriptor is not None:
                 os.close(descriptor)
 
-    async def _look_until_changed(self, seconds: float) -> None:
+    async def _look_until_changed(self) -> None:
         import trio
 
         # The first look is for what happened while nothing was watched.
         while not (self._asked or await trio.to_thread.run_sync(self._has_changed, abandon_on_cancel=True)):
             await trio.sleep(LOOK_SECONDS)
             assert self._woken is not None
-            with trio.move_on_after(seconds):
+            with trio.move_on_after(POLL_SECONDS):
                 await self._woken.wait()
             self._woken = trio.Event()
 
@@ -189,14 +188,16 @@ class Follower:
     def _has_changed(self) -> bool:
         return any(_has_changed(layer) for chain in self._chains for layer in chain.layers)
 
-    def _watch_all(self) -> tuple[int | None, bool]:
-        """Return a descriptor that becomes readable when something happens, and whether it hears of everything."""
+    def _watch_all(self) -> int | None:
+        """Return a descriptor that becomes readable when most of what can happen does; None if there is none."""
         try:
             descriptor = open_inotify()
         except OSError:
-            return None, False
-        watched = [_watch(descriptor, layer) for chain in self._chains for layer in chain.layers]
-        return descriptor, all(watched)
+            return None
+        for chain in self._chains:
+            for layer in chain.layers:
+                _watch(descriptor, layer)
+        return descriptor
 
 
 def _has_changed(layer: Layer) -> bool:
@@ -206,7 +207,7 @@ def _has_changed(layer: Layer) -> bool:
     if layer.held:  # nobody can write it
         return False
     try:
-        return _is_written(layer) != layer.written_by_other or snapshot.has_moved(layer)
+        return (layer.told or _is_written(layer)) != layer.written_by_other or snapshot.has_moved(layer)
     except (OSError, QcowfsError):
         return True  # opening it again says what is wrong, once
 
@@ -228,16 +229,12 @@ def _is_written(layer: Layer) -> bool:
     return False
 
 
-def _watch(descriptor: int, layer: Layer) -> bool:
-    """Hear of what happens to `layer`; False where not all of it can be heard."""
+def _watch(descriptor: int, layer: Layer) -> None:
+    """Hear of what happens to `layer`, as far as this machine does it, and not past a device's node."""
     own = descriptor_of(layer.source)
     if own is None:
-        return False
-    try:
+        return
+    with suppress(OSError):
         watch_directory(descriptor, os.fsencode(os.path.dirname(layer.path)))
         if not layer.held:
             watch_file(descriptor, b"/proc/self/fd/%d" % own)
-    except OSError:
-        return False
-    # What other machines write is heard of only by them; a block device is written past its node.
-    return layer.held

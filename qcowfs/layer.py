@@ -38,6 +38,7 @@ class Layer:
         modified_ns: when the file was last written, nanoseconds since the epoch; when it was opened where nobody knows.
         backing_name, backing_format: as stored; None where there is none.
         written_by_other: another process has it open for writing.
+        told: its machine has said so, whatever locks say.
         held: nothing changes unnoticed: on all of its files the lock bytes of a QEMU reader are held, so that no other
             process can write them, or their server tells versions apart.
         data_modified_ns: as `modified_ns`, of the external data file.
@@ -59,6 +60,7 @@ class Layer:
     backing_name: bytes | None
     backing_format: bytes | None
     written_by_other: bool
+    told: bool = False
     held: bool
     data_modified_ns: int
     file_id: Hashable

@@ -57,6 +57,7 @@ MAX_GRANULARITY = 1 << 30  # bytes that `diff` tells apart as one; what is coars
 MAX_LISTED_FAULTS = 1000  # ranges that `diff` says it cannot read, one by one; then only how many more there are
 
 MAX_MONITOR_MESSAGE = 16 << 20  # bytes of one answer of QEMU's monitor: a chain of 256 layers takes 250 KB
+MAX_MONITOR_TEXT = 8192  # characters of one name in it: QEMU cuts those of files to 4,095 bytes
 MAX_AGENT_MESSAGE = 1 << 20  # bytes of one answer of a guest agent: the guest may write what it likes
 MAX_DEVICES = 4096  # devices and nodes of one machine that are looked at
 MAX_DEVICE_SNAPSHOTS = MAX_SNAPSHOTS  # internal snapshots of one image that the monitor tells of

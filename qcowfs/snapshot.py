@@ -237,16 +237,16 @@ def require_unchanged(points: Iterable[Point]) -> None:
 
 
 def has_moved(layer: Layer) -> bool:
-    """Tell, by two small reads, whether a layer's snapshot table or a file that nobody was writing has changed.
+    """Tell, by a few small reads, whether a layer's header or snapshots, or a file that nobody wrote, has changed.
 
     Raises:
-        OSError: it cannot be read.
+        OSError, ImageError: it cannot be read.
     """
-    header = layer.header
-    if isinstance(header, qcow2.Header) and not is_same_table(layer.source.uncached(), header, layer.snapshots):
+    header, source = layer.header, layer.source.uncached()
+    if isinstance(header, qcow2.Header) and not is_same_table(source, header, layer.snapshots):
         return True
-    if layer.written_by_other:
-        return False
+    if layer.written_by_other:  # a job may have given it another backing file; of others the time tells that
+        return isinstance(header, qcow2.Header) and qcow2.read_header(source) != header
     return any(guard.check() for guard in _guards(layer))
 
 

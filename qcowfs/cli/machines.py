@@ -23,6 +23,7 @@ from qcowfs.qmp.files import DeviceFiles, locate, require_same
 from qcowfs.qmp.follower import DeviceFollower
 from qcowfs.qmp.monitor import Monitor
 from qcowfs.qmp.overlay import check_overlay, make_overlay
+from qcowfs.source.url import is_url
 
 __all__ = ["DeviceFollower", "chain_document", "print_chain", "reopener", "take_device", "take_snapshot"]
 
@@ -57,10 +58,15 @@ def reopener(args: argparse.Namespace, device: DeviceFollower) -> Callable[[], C
         files = device.files
         urls = (*policy.allow_urls, *files.vouched_urls)
         allowed = replace(policy, allow=(*policy.allow, *files.vouched), allow_urls=urls)
-        remotes = remotes_of(args)
-        written = not files.device.read_only
+        # When it has ended, the locks of files tell who writes them then. Of servers nobody would tell.
+        written = not files.device.read_only and (is_url(files.path) or not device.ended)
         opened = open_chain(
-            files.path, allowed, lock=False, image_format=files.format, remotes=remotes, written=written
+            files.path,
+            allowed,
+            lock=False,
+            image_format=files.format,
+            remotes=remotes_of(args),
+            written=written,
         )
         try:
             require_same(files, opened)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from qcowfs.cli import output
 from qcowfs.cli.options import add_json_option
 from qcowfs.errors import UsageError
-from qcowfs.qmp.address import parse_address
+from qcowfs.qmp.address import absolute, parse_address
 
 HELP = "take an external snapshot of a running machine's disk, by QMP"
 EXAMPLES = """\
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     agent, _ = parse_address(args.agent) if args.agent else (None, None)
     if args.quiesce != (agent is not None):
         raise UsageError("--quiesce and --agent go together: the guest is asked by its agent")
-    path = os.path.join(os.getcwd(), args.file)  # QEMU's working directory is another one
+    path = absolute(args.file)  # QEMU's working directory is another one
 
     from qcowfs.cli import machines  # with asyncio it takes 0.1 s, and `qcowfs --help` imports every verb
 

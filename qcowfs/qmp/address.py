@@ -9,16 +9,18 @@ import os
 import re
 import socket
 import struct
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from qcowfs.errors import MonitorError, UsageError, printable
 
-__all__ = ["Address", "connect", "parse_address", "process_behind"]
+__all__ = ["Address", "absolute", "connect", "parse_address", "process_behind"]
 
 _TCP = re.compile(r"(?P<host>[^:/\[\]]+|\[[0-9A-Fa-f:.%\w]+\]):(?P<port>\d{1,5})(?::(?P<rest>.*))?", re.DOTALL)
 _LAST_PORT = 65535
+BACKLOG_SECONDS = 0.02  # between two attempts to get into a queue that is full
 _LONGEST = 107  # bytes of a Unix socket's name: sun_path without the NUL, unix(7)
 _UCRED = struct.Struct("@iII")  # pid, uid, gid of struct ucred, unix(7)
 
@@ -57,14 +59,28 @@ def parse_address(text: str, *, device: bool = False) -> tuple[Address, str | No
         raise UsageError("the name of the monitor's socket is empty")
     for path, rest in _cuts(text, device=device):
         if os.path.lexists(path):
-            return Address(path=os.path.abspath(path)), rest or None
+            return Address(path=absolute(path)), rest or None
     match = _TCP.fullmatch(text)
     if match is not None and (device or match["rest"] is None):
         if int(match["port"]) > _LAST_PORT:
             raise UsageError(f"{printable(text)}: there is no port {match['port']}")
         return Address(host=match["host"].strip("[]"), port=int(match["port"])), match["rest"] or None
     path, _, rest = text.partition(":") if device else (text, "", "")
-    return Address(path=os.path.abspath(path)), rest or None
+    return Address(path=absolute(path)), rest or None
+
+
+def absolute(path: str) -> str:
+    """Return `path` as another process finds it.
+
+    Raises:
+        UsageError: it begins in a directory that is gone.
+    """
+    try:
+        return os.path.join(os.getcwd(), path)
+    except FileNotFoundError as error:
+        if path.startswith("/"):
+            return path
+        raise UsageError(f"{printable(path)}: the current directory, where it begins, is gone") from error
 
 
 def _cuts(text: str, *, device: bool) -> Iterator[tuple[str, str]]:
@@ -82,12 +98,17 @@ def connect(address: Address, seconds: float) -> socket.socket:
     Raises:
         MonitorError: nobody listens there, or may not be talked to.
     """
+    deadline = time.monotonic() + seconds
     try:
-        return _connected(address, seconds)
+        while True:
+            # connect(2) of a Unix socket whose backlog is full: QEMU has one for one, and each mount waits in it.
+            with suppress(BlockingIOError):
+                return _connected(address, seconds)
+            if time.monotonic() > deadline:
+                raise MonitorError(address.shown, "too many others wait for it already")
+            time.sleep(BACKLOG_SECONDS)
     except TimeoutError as error:
         raise MonitorError(address.shown, "it does not answer") from error
-    except BlockingIOError as error:  # connect(2) of a Unix socket whose backlog is full
-        raise MonitorError(address.shown, "too many others wait for it already") from error
     except OSError as error:
         raise MonitorError(address.shown, f"cannot be connected to: {error.strerror or error}") from error
 

@@ -106,6 +106,8 @@ def find_device(monitor: Monitor, word: str) -> Device:
         UsageError: there is none; the hint lists what there is.
         MonitorError: as for `devices`.
     """
+    if not word:  # many a device has no name, or no id
+        raise UsageError("the name of the device is empty")
     known = devices(monitor)
     for kind in range(3):
         for device in known:
@@ -210,6 +212,8 @@ class _Facts:
         found = facts.get(key, "")
         if not isinstance(found, str) or "\0" in found or any("\ud800" <= char <= "\udfff" for char in found):
             raise self._wrong(f"{key} is no text")
+        if len(found) > limits.MAX_MONITOR_TEXT:
+            raise self._wrong(f"{key} has {len(found)} characters, at most {limits.MAX_MONITOR_TEXT} are taken")
         return found
 
     def _number(self, facts: Mapping[str, Any], key: str) -> int:

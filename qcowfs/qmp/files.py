@@ -38,6 +38,7 @@ class DeviceFiles:
         device: what it told.
         path: of the image on top, absolute; its URL where QEMU has it from a server.
         format: of it, one of FORMATS.
+        process: the monitor's, None if nobody can tell.
         identities: of the file of each image, None where QEMU's name for it leads nowhere.
         vouched: real paths of the files of the chain that QEMU has open, as the kernel says: images may name them.
         vouched_urls: the images of the chain that QEMU has from servers, by QEMU's own word; nobody else can tell.
@@ -45,6 +46,7 @@ class DeviceFiles:
 
     address: Address
     device: Device
+    process: int | None
     path: str
     format: str
     identities: tuple[Identity | None, ...]
@@ -68,15 +70,18 @@ def locate(address: Address, device: Device, process: int | None) -> DeviceFiles
         raise UnsupportedImage(top.name, f"the image of {printable(device.word)}", why)
     url = _url(top)
     path = url.text if url else _place(address, top, process)
-    if url is None:
-        _require_held(address, path, held)
     places = [_found(address, image, process) for image in device.images]
+    identities = [place and place[1] for place in places]
+    if url is None:
+        # What was looked at is what has to be opened then (require_same): QEMU may put another file there meanwhile.
+        identities[0] = _held_identity(address, path, held)
     return DeviceFiles(
         address=address,
         device=device,
+        process=process,
         path=path,
         format=top.format,
-        identities=tuple(place and place[1] for place in places),
+        identities=tuple(identities),
         vouched=tuple(place[0] for place in places if place and held is not None and place[1] in held),
         vouched_urls=tuple(found for image in device.images if (found := _url(image))),
     )
@@ -163,7 +168,7 @@ def _from_json(image: Image) -> str:
 
 
 def _held_by(process: int | None) -> frozenset[Identity] | None:
-    """Return which files a process has open, None where that is not ours to see."""
+    """Return which files a process has open for reading, None where that is not ours to see."""
     if process is None:
         return None
     directory = f"/proc/{process}/fd"
@@ -171,10 +176,24 @@ def _held_by(process: int | None) -> frozenset[Identity] | None:
     try:
         for name in os.listdir(directory):
             with suppress(FileNotFoundError):  # closed meanwhile
-                found.add(_identity(os.stat(f"{directory}/{name}")))
+                status = os.stat(f"{directory}/{name}")
+                if _can_be_read(f"/proc/{process}/fdinfo/{name}", status.st_ino):
+                    found.add(_identity(status))
     except OSError:
         return None
     return frozenset(found)
+
+
+def _can_be_read(facts: str, ino: int) -> bool:
+    """Tell whether a descriptor is one that its process reads from.
+
+    With O_PATH a process has files open that it may not read. The inode number says that the descriptor still is the
+    one that was looked at; Linux before 5.14 does not tell it.
+    """
+    with open(facts, encoding="ascii") as lines:
+        told = dict(line.split(":", 1) for line in lines if ":" in line)
+    flags = int(told["flags"], 8)
+    return not flags & os.O_PATH and flags & os.O_ACCMODE != os.O_WRONLY and int(told.get("ino", ino)) == ino
 
 
 def _identity(status: os.stat_result) -> Identity:
@@ -182,13 +201,14 @@ def _identity(status: os.stat_result) -> Identity:
     return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
-def _require_held(address: Address, path: str, held: frozenset[Identity] | None) -> None:
-    """See that QEMU has the image open, where that can be seen: then its name for it is right."""
+def _held_identity(address: Address, path: str, held: frozenset[Identity] | None) -> Identity:
+    """Return what `path` is; see that QEMU has it open, where that can be seen: then its name for it is right."""
     try:
-        status = os.stat(path)
+        identity = _identity(os.stat(path))
     except OSError as error:
         told = f"QEMU's name for the image leads nowhere here: {printable(path)}: {error.strerror}"
         raise MonitorError(address.shown, told, hint="QEMU may live in a container, or in a mount namespace") from error
-    if held is not None and _identity(status) not in held:
+    if held is not None and identity not in held:
         told = f"QEMU's name for the image leads to another file here: {printable(path)} is not what it has open"
         raise MonitorError(address.shown, told, hint="QEMU may live in a container, or the file was replaced")
+    return identity

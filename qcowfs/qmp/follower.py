@@ -20,6 +20,7 @@ from qcowfs.qmp.monitor import Monitor
 __all__ = ["DeviceFollower"]
 
 HOLD_SECONDS = 1.0  # that the monitor is held, waiting for events; others wait for it as long
+EVENT_SECONDS = 0.05  # from an event to the look: a job tells of several states in a row, and a look costs QEMU time
 RELEASE_SECONDS = 0.2  # that it is left to others, who are at its socket by then
 RETRY_SECONDS = 3.0  # after a look that failed: the machine may be off
 
@@ -34,12 +35,13 @@ class DeviceFollower:
 
     Attributes:
         files: the chain as it was seen last. Any thread.
+        ended: nobody has answered since then. Any thread.
     """
 
     def __init__(self, files: DeviceFiles) -> None:
         self.files = files
         self._changed: Callable[[DeviceFiles], None] | None = None
-        self._ended = False
+        self.ended = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="qcowfs-qmp", daemon=True)
 
@@ -66,6 +68,9 @@ class DeviceFollower:
             except QcowfsError as error:
                 self._lost(error)
                 self._stop.wait(RETRY_SECONDS)
+            except Exception:  # the mount lives without it
+                logger.exception("internal error")
+                self._stop.wait(RETRY_SECONDS)
             else:
                 self._stop.wait(RELEASE_SECONDS)
 
@@ -74,21 +79,23 @@ class DeviceFollower:
             until = time.monotonic() + HOLD_SECONDS
             self._look(monitor)
             while not self._stop.is_set() and monitor.wait(max(0.0, until - time.monotonic())):
+                self._stop.wait(EVENT_SECONDS)
                 self._look(monitor)
 
     def _look(self, monitor: Monitor) -> None:
-        device = find_device(monitor, self.files.device.word)
-        if device.images == self.files.device.images and not self._ended:
+        device, known = find_device(monitor, self.files.device.word), self.files
+        same = (device.images, device.read_only, monitor.process)
+        if same == (known.device.images, known.device.read_only, known.process) and not self.ended:
             return
         self.files = locate(self.files.address, device, monitor.process)
-        self._ended = False
+        self.ended = False
         self._tell()
 
     def _lost(self, error: QcowfsError) -> None:
         """The machine has ended, or its monitor is somebody else's for long."""
         logger.debug("%s", error)
-        if not self._ended:
-            self._ended = True
+        if not self.ended:
+            self.ended = True
             self._tell()
 
     def _tell(self) -> None:

@@ -24,6 +24,8 @@ def check_overlay(files: DeviceFiles, path: str) -> None:
     Raises:
         UsageError: there is a file, or the chain would not be found again from there.
     """
+    if not _is_text(path):
+        raise UsageError(f"{printable(path)}: QMP can say only names that are UTF-8")
     if os.path.lexists(path):
         raise UsageError(f"{printable(path)}: there is such a file already, and it is not overwritten")
     directory, name = os.path.split(path)
@@ -57,6 +59,14 @@ def make_overlay(monitor: Monitor, device: Device, path: str) -> str:
     arguments = {"snapshot_file": path, "snapshot_node_name": node, "format": FORMAT, "mode": "absolute-paths"}
     monitor.execute("blockdev-snapshot-sync", **chosen, **arguments)
     return node
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # bytes that are not UTF-8, as os.fsdecode keeps them
+        return False
+    return True
 
 
 def _same_file(path: str, other: str) -> bool:

@@ -53,6 +53,7 @@ KNOWN = {
     ("policy.py", "_read"): "a configuration file",
     ("policy.py", "_without_waiting"): "a configuration file",
     ("qmp/address.py", "_short"): "the directory of a socket that a person named",
+    ("qmp/files.py", "_can_be_read"): "the kernel's facts about a descriptor",
     ("restore/destination.py", "_opened"): "where a person wants files",
     ("restore/directory.py", "opened"): "directories that are written into",
     ("restore/draft.py", "__init__"): "files that are written",

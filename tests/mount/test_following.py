@@ -201,6 +201,38 @@ def test_an_image_that_is_replaced_is_shown_and_open_files_stay_as_they_were(dis
     assert (size, byte) == (MIB, 1)
 
 
+def test_an_image_that_a_link_on_its_way_leads_to_is_followed(disk: Path, target: Path) -> None:
+    """Nobody tells of that, and the locks on the image that was opened keep nobody from it."""
+    for name, size in (("old", "4M"), ("new", "1M")):
+        disk.with_name(name).mkdir()
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", disk.with_name(name) / "disk.qcow2", size)
+    link, other = disk.with_name("link"), disk.with_name("other")
+    link.symlink_to("old")
+    other.symlink_to("new")
+    with mounted(link / "disk.qcow2", target, env=told("f.POLL_SECONDS = 0.05")) as mount:
+        before = os.stat(mount / "current.raw").st_size
+        os.rename(other, link)
+        wait_until(lambda: os.stat(mount / "current.raw").st_size == MIB, "it is the same")
+
+    assert before == 4 * MIB
+
+
+def test_a_machine_that_copies_its_base_into_its_image_has_no_base_any_more(
+    disk: Path, target: Path, tmp_path: Path
+) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", disk, "-F", "qcow2", overlay)
+    with Writer(overlay) as writer, mounted(overlay, target, env=told()) as mount, opened(mount / "disk.raw") as base:
+        before = names(target)
+        writer.qmp("block-stream", job_id="job", device=DISK)
+        writer.wait_event("BLOCK_JOB_COMPLETED")
+        wait_names(target, set())
+        still = byte_at(base, MIB)
+
+    assert {"disk.raw", "disk@first.raw", "latest.raw"} == before
+    assert still == 1
+
+
 def test_an_image_that_cannot_be_opened_leaves_the_mount_as_it_is(disk: Path, target: Path) -> None:
     good, bad = disk.with_name("good.qcow2"), disk.with_name("bad.qcow2")
     os.link(disk, good)

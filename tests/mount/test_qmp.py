@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qcowfs.qmp.address import Address
+from qcowfs.qmp.monitor import Monitor
 from tests.support import need
 from tests.support.monitors import stopped_machine
 from tests.support.mounts import Person, call, mounted, one_line, wait_until
@@ -104,6 +106,24 @@ def test_with_the_mount_option_the_source_is_the_monitor_and_the_device(machine:
 
     assert (0, 0) == (done.returncode, ended.returncode), done.stderr
     assert {"base": 1, "before": 2} == shown
+
+
+def test_a_machine_that_waits_for_its_migration_is_not_kept_from_its_image(
+    tmp_path_factory: pytest.TempPathFactory, target: Path
+) -> None:
+    """It has the image open, and locks nothing before it goes on."""
+    need("qemu-system-x86_64", "qemu-img", "qemu-io", "setpriv")
+    path = tmp_path_factory.mktemp("v")
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", path / "disk.qcow2", "1M")
+    qemu("qemu-img", "snapshot", "-c", "before", path / "disk.qcow2")
+    drive = f"if=none,id=disk0,format=qcow2,file={path}/disk.qcow2"
+    words = ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0", "-incoming", "defer"]
+    with stopped_machine(path, *words) as socket, mounted(f"--qmp={socket}:disk0", target):
+        shown = set(first_bytes(target))
+        with Monitor(Address(path=str(socket))) as monitor:
+            monitor.execute("cont")
+
+    assert {"before"} == shown
 
 
 def test_a_monitor_of_somebody_else_is_told_in_one_line(machine: Path, target: Path, ordinary: Person) -> None:

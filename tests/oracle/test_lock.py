@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from qcowfs import follow
 from qcowfs.chain import open_chain
+from qcowfs.errors import ReadFault
 from qcowfs.gate import Policy
 from qcowfs.snapshot import points
 from tests.support import need
@@ -275,17 +277,34 @@ def test_a_machines_own_doings_are_not_disturbed(image: Path, tmp_path: Path) ->
         assert b"\x01" * MIB == before[:MIB]
 
 
-def test_a_machine_cannot_commit_into_a_base_while_that_is_read(image: Path, tmp_path: Path) -> None:
-    """The price of frozen points: the base, which nobody writes yet, is locked also below a running machine.
+def test_a_machine_may_commit_into_a_base_that_is_read_and_the_reader_hears_of_it(image: Path, tmp_path: Path) -> None:
+    with system(image, tmp_path) as machine, open_chain(str(image), Policy()) as chain:
+        disk = open_point(chain, next(point for point in points(chain) if point.kind == "layer"))
+        before = read_all(disk)
 
-    QEMU says so before it does anything, the machine goes on, and later it may.
-    """
-    with system(image, tmp_path) as machine:
-        with open_chain(str(image), Policy()):
-            with pytest.raises(AssertionError, match='Failed to get "write" lock'):
-                machine.qmp("block-commit", device="disk", **{"job-id": "early"})
-            assert machine.hmp('qemu-io disk "write -P 7 0 64k"') == ""
-        machine.qmp("block-commit", device="disk", **{"job-id": "late"})
+        machine.qmp("block-commit", device="disk", **{"job-id": "job"})
+        while not machine.qmp("query-block-jobs")[0]["ready"]:
+            time.sleep(0.01)
+
+        assert b"\x09" * 2 * MIB == before
+        with pytest.raises(ReadFault, match="another process has written the file since it was opened"):
+            read_all(disk)
+
+
+def test_what_a_machine_says_that_it_writes_is_written_whatever_its_locks_say(image: Path, tmp_path: Path) -> None:
+    """It may take none (locking=off), or not yet: one that waits for its migration must get them then."""
+    with system(image, tmp_path, options=",file.locking=off"):
+        with open_chain(str(image), Policy(), written=True) as chain:
+            facts = [(layer.written_by_other, layer.held) for layer in chain.layers]
+            found = {point.kind: point.frozen for point in points(chain)}
+            changed = [follow._has_changed(layer) for layer in chain.layers]
+        with open_chain(str(image), Policy()) as chain:
+            without = [layer.held for layer in chain.layers]
+
+    assert [(True, False), (False, False)] == facts
+    assert {"active": False, "snapshot": True, "layer": True} == found
+    assert [False, False] == changed  # a mount would open it anew all the time
+    assert [True, True] == without
 
 
 def test_a_machine_may_start_and_stop_again_while_it_was_seen_running(image: Path, tmp_path: Path) -> None:

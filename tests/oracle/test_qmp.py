@@ -19,8 +19,9 @@ import pytest
 from qcowfs import chain as chains
 from qcowfs import cli
 from qcowfs.cli.machines import take_device, take_snapshot
-from qcowfs.errors import GateRefused, MonitorError, UnsupportedImage, UsageError
+from qcowfs.errors import GateRefused, MonitorError, UnsupportedImage, UsageError, printable
 from qcowfs.policy import Policy, load_policy
+from qcowfs.qmp import follower as follower_module
 from qcowfs.qmp.address import Address, parse_address
 from qcowfs.qmp.devices import devices, find_device
 from qcowfs.qmp.files import DeviceFiles, locate, require_same
@@ -292,6 +293,8 @@ def test_another_chain_than_the_headers_say_is_refused(machine: Address) -> None
         ("far/o.qcow2", "drive0", "{}: QEMU calls the image plain.qcow2, which would lead nowhere from "),
         ("o.qcow2", "t1", "a filter, throttle, lies on top of the image of "),
         ("o.qcow2", "ro", "ro: QEMU has it open for reading only"),
+        ("o.qcow2", "", "the name of the device is empty"),
+        (os.fsdecode(b"o\xff.qcow2"), "drive0", "{}: QMP can say only names that are UTF-8"),
     ],
 )
 def test_a_snapshot_that_would_go_wrong_is_refused_and_nothing_is_done(
@@ -304,7 +307,7 @@ def test_a_snapshot_that_would_go_wrong_is_refused_and_nothing_is_done(
     code, lines = failure(capsys, "snapshot", "--qmp", machine.path, device, place / file)
 
     assert UsageError.exit_code == code
-    assert lines[0].startswith(f"qcowfs: {told.format(place / file)}")
+    assert lines[0].startswith(f"qcowfs: {told.format(printable(str(place / file)))}")
     assert before == (located(machine, "disk0"), sorted(place.rglob("*")))
 
 
@@ -411,7 +414,8 @@ def test_a_follower_tells_of_each_new_chain_lets_others_in_and_sees_the_end(
         with Monitor(machine) as monitor:
             device = find_device(monitor, "disk0")
             monitor.execute("block-commit", job_id="j", device=device.node, base=str(path / "b.qcow2"))
-            assert monitor.wait(PATIENCE)
+            while not monitor.execute("query-block-jobs")[0]["ready"]:
+                assert monitor.wait(PATIENCE)
             monitor.execute("block-job-complete", device="j")
         assert str(path / "b.qcow2") == told.get(timeout=PATIENCE).path
         with Monitor(machine) as monitor:
@@ -422,6 +426,30 @@ def test_a_follower_tells_of_each_new_chain_lets_others_in_and_sees_the_end(
     follower.stop(PATIENCE)
 
     assert told.empty()
+
+
+def test_a_follower_tells_of_another_machine_with_images_of_the_same_names_and_of_one_that_may_not_write(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative names begin where that machine runs."""
+    monkeypatch.setattr(follower_module, "RETRY_SECONDS", 0.05)
+    path, told = tmp_path_factory.mktemp("v"), queue.Queue[DeviceFiles]()
+    for name in ("a", "b"):
+        (path / name).mkdir()
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", path / name / "disk", "1M")
+    drive = ["-machine", "none", "-drive", "if=none,id=d,format=qcow2,file=disk"]
+    with stopped_machine(path, *drive, cwd=path / "a") as socket:
+        machine = Address(path=str(socket))
+        follower = DeviceFollower(located(machine, "d"))
+    with stopped_machine(path, *drive, cwd=path / "b"):
+        follower.start(told.put)
+        found = [told.get(timeout=PATIENCE)]
+    with stopped_machine(path, "-machine", "none", "-drive", f"{drive[-1]},readonly=on", cwd=path / "b"):
+        while not found[-1].device.read_only:
+            found.append(told.get(timeout=PATIENCE))
+    follower.stop(PATIENCE)
+
+    assert {str(path / "b" / "disk")} == {files.path for files in found}
 
 
 @pytest.mark.expect_warnings

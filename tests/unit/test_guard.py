@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import struct
 import time
@@ -172,6 +173,17 @@ def test_a_source_of_the_same_file_needs_no_descriptor_of_its_own(image: Image) 
     assert len(os.listdir("/proc/self/fd")) == count
     assert again.read_at(60, 12) == image.source.read_at(60, 12)
     again.close()
+    assert image.source.read_at(0, 1) == b"\0"
+
+
+def test_a_source_that_goes_in_a_circle_of_references_leaves_the_descriptor_to_its_owner(image: Image) -> None:
+    """The collector of circles takes what it collects apart: also what says that the descriptor is another's."""
+    circle: list[object] = [image.source.again()]
+    circle.append(circle)
+    del circle
+
+    gc.collect()
+
     assert image.source.read_at(0, 1) == b"\0"
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from qcowfs import limits
 from qcowfs.errors import MonitorError, UsageError
-from qcowfs.qmp.address import Address, parse_address
+from qcowfs.qmp.address import Address, connect, parse_address
 from qcowfs.qmp.devices import devices, find_device
 from qcowfs.qmp.monitor import Monitor
 from tests.support.monitors import GREETING, server
@@ -69,7 +71,10 @@ def answering(*answers: Any) -> Callable[[socket.socket], None]:
     def serve(connection: socket.socket) -> None:
         connection.sendall(GREETING)
         for answer in ({}, *answers):
-            command = json.loads(connection.recv(65536))  # the library ends it with no line break
+            asked = connection.recv(65536)
+            if not asked:
+                return
+            command = json.loads(asked)  # the library ends it with no line break
             named = {"id": command["id"]} if "id" in command else {}
             sent = answer if isinstance(answer, bytes) else json.dumps({"return": answer} | named).encode()
             connection.sendall(sent + b"\r\n")
@@ -131,6 +136,9 @@ def test_an_answer_that_does_not_end_is_not_held(place: Path, monkeypatch: pytes
             "QEMU refuses: not today",
         ),
         (b'{"error": 7, "id": "__qmp#00000"}', "the connection is gone: "),
+        (b'{"return": ' + b"[" * 100_000, "the connection is gone: "),
+        (b'{"return": [], "id": []}', "the connection is gone: "),
+        (b'{"event": {}, "data": {}}', "the connection is gone: "),
         (7, "what it answers is not what QEMU answers: query-block gives no list of objects"),
         ([7], "what it answers is not what QEMU answers: query-block gives no list of objects"),
         ([{}] * (limits.MAX_DEVICES + 1), "what it answers is not what QEMU answers: query-block gives 4097 of them"),
@@ -144,6 +152,10 @@ def test_an_answer_that_does_not_end_is_not_held(place: Path, monkeypatch: pytes
         (
             [{"inserted": {"image": IMAGE | {"filename": "a\0b"}}}],
             "what it answers is not what QEMU answers: filename is no text",
+        ),
+        (
+            [{"qdev": "x" * (limits.MAX_MONITOR_TEXT + 1), "inserted": {"image": IMAGE}}],
+            "what it answers is not what QEMU answers: qdev has 8193 characters, at most 8192 are taken",
         ),
         (
             [{"inserted": {"image": IMAGE | {"virtual-size": "1"}}}],
@@ -196,6 +208,43 @@ def test_a_node_whose_backing_files_go_round_in_a_circle_has_a_chain_with_an_end
         found = find_device(monitor, "n")
 
     assert limits.MAX_CHAIN_DEPTH + 1 == len(found.images)
+
+
+def test_a_device_whose_name_is_empty_is_none(place: Path) -> None:
+    """Many a device has no name, or no id: the first of them is not what somebody means who says nothing."""
+    answer = [{"device": "", "inserted": {"image": IMAGE}}]
+
+    with (
+        server(place, answering(answer)),
+        Monitor(Address(path=str(place)), seconds=5) as monitor,
+        pytest.raises(UsageError, match="the name of the device is empty"),
+    ):
+        find_device(monitor, "")
+
+
+@pytest.mark.parametrize("patience", [0.1, 10])
+def test_a_queue_that_is_full_is_waited_for(place: Path, patience: float) -> None:
+    """QEMU's has room for one, and several mounts may follow a machine."""
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as others:
+        listener.bind(str(place))
+        listener.listen(0)
+        others.enter_context(connect(Address(path=str(place)), 1))
+        if patience > 1:
+            threading.Timer(0.2, lambda: listener.accept()[0].close()).start()
+            connect(Address(path=str(place)), patience).close()
+        else:
+            with pytest.raises(MonitorError, match="too many others wait for it already"):
+                connect(Address(path=str(place)), patience)
+
+
+def test_a_name_that_begins_nowhere_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+    assert "/s" == parse_address("/s")[0].path
+    with pytest.raises(UsageError, match="s: the current directory, where it begins, is gone"):
+        parse_address("s")
 
 
 def test_without_the_library_it_is_said_what_to_install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
