@@ -185,7 +185,7 @@ def test_readers_of_a_server_share_the_look_that_begins_after_all_of_them(
     requests_of_one = 1 + len(ENTRY) // 512 + 1
 
     assert [0] * 15 == [done.result() for done in first + others]
-    assert len(far.base.requests) <= 4 * requests_of_one, "one of the first, one of the others, and two to spare"
+    assert len(far.base.requests) <= 7 * requests_of_one, "one of the first, one of the others, some of who came late"
 
 
 def test_a_look_that_began_before_a_read_says_nothing_of_it(far: Far, threads: ThreadPoolExecutor) -> None:
@@ -214,7 +214,7 @@ def test_who_waited_for_a_look_that_failed_does_not_wait_again(far: Far, threads
     far.base.release()
 
     assert [errno.EIO] * 15 == [done.result() for done in first + others]
-    assert len(far.base.requests) < 5
+    assert len(far.base.requests) <= 7
     far.base.failure = 0
     assert far.guard.check() == 0
 
