@@ -96,6 +96,11 @@ def plain(path: Path, images: Images) -> None:
     converted(path, lambda raw: contents.write_random(raw, SIZE, DATA))
 
 
+def plain_of_2_gib(path: Path, images: Images) -> None:
+    """The same with 2 GiB: more than what starting a program takes shows beside it."""
+    converted(path, lambda raw: contents.write_random(raw, 2 * GIB, 2 * GIB))
+
+
 def half(path: Path, images: Images) -> None:
     """Half of it holes, in runs of 64 KiB to 1 MiB."""
     converted(path, lambda raw: contents.write_sparse(raw, SIZE, 64 << 10, 16))
@@ -207,6 +212,7 @@ def ten_gib(path: Path, images: Images) -> None:
 
 RECIPES: dict[str, Callable[[Path, Images], None]] = {
     "plain": plain,
+    "plain2": plain_of_2_gib,
     "half": half,
     "zlib": zlib,
     "zstd": zstd,

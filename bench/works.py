@@ -22,6 +22,7 @@ COMPARE, CMP = "qemu-img compare", "cmp -l over the mount"
 LOOP, FUSE2FS, GUESTMOUNT = "loop mount of NAME.raw", "fuse2fs", "guestmount"
 TITLES = {
     "plain": "plain image",
+    "plain2": "plain image with 2 GiB of data",
     "half": "half-sparse image",
     "zlib": "zlib",
     "zstd": "zstd",
@@ -201,8 +202,8 @@ WORKS = [
     Work(DIFF, "1tib", references=(OURS, COMPARE), most=2.0),
     *(work for server in ("iSCSI", "NBD", "HTTP") for work in remote(server)),
     *(Work(kind, "10gib") for kind in OBJECTS),
-    export("plain", "raw", 1.5),
-    export("plain", "qcow2", 1.5),
+    export("plain2", "raw", 1.5),
+    export("plain2", "qcow2", 1.5),
     export("plain", "raw-shared", 1.5),
     export("plain", "qcow2-shared", 1.5),
     export("zlib", "raw", 2.0),

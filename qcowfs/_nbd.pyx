@@ -74,6 +74,16 @@ cdef class NbdSource(QueuedSource):
         self.c.status = nbd_status
         self.serve(nbd_serve, nbd_turn, &self.service)
 
+    @property
+    def several(self):
+        """Whether the server lets more than one connection read this export."""
+        return self.service.link.several
+
+    @property
+    def facts(self):
+        """Size of the export, and the least and the most of it that is asked for at once, in bytes."""
+        return self.service.size, self.service.smallest, self.queue.largest
+
     def exports(self, uint32_t most):
         """Return the names of the server's exports, `most` of them at most, over a connection for just that.
 

@@ -105,6 +105,7 @@ cdef void queue_woken(queue_t* queue) noexcept nogil
 # For any thread. Each read that waits, each later one, and each that is put back, fails with `error` at once.
 cdef void queue_fail(queue_t* queue, int error) noexcept nogil
 cdef int queue_failed(queue_t* queue) noexcept nogil  # that errno, or 0
+cdef int queue_in_trouble(queue_t* queue) noexcept nogil  # TROUBLE was the last word on the connection
 # Leave `text` for the log. TROUBLE is dropped while there is trouble, BACK while there is none.
 cdef void queue_tell(queue_t* queue, news_kind kind, const char* text) noexcept nogil
 

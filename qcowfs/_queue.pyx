@@ -156,6 +156,14 @@ cdef int queue_failed(queue_t* queue) noexcept nogil:
     return error
 
 
+cdef int queue_in_trouble(queue_t* queue) noexcept nogil:
+    cdef int trouble
+    pthread_mutex_lock(&queue.mutex)
+    trouble = queue.trouble
+    pthread_mutex_unlock(&queue.mutex)
+    return trouble
+
+
 cdef void queue_tell(queue_t* queue, news_kind kind, const char* text) noexcept nogil:
     pthread_mutex_lock(&queue.mutex)
     if kind == FAULT or (kind == TROUBLE) != queue.trouble:

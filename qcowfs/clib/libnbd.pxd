@@ -47,6 +47,7 @@ cdef extern from "<libnbd.h>" nogil:
 
     int64_t nbd_get_size(nbd_handle* handle)
     int64_t nbd_get_block_size(nbd_handle* handle, int which)
+    int nbd_can_multi_conn(nbd_handle* handle)
     int nbd_can_meta_context(nbd_handle* handle, const char* name)
 
     int nbd_aio_connect_uri(nbd_handle* handle, const char* uri)

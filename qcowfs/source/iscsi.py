@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import unquote_to_bytes
 
 from qcowfs.errors import SourceError, UnsupportedImage, printable
+from qcowfs.source.lanes import in_lanes
 from qcowfs.source.news import log_news
 from qcowfs.source.remote import Remote, RemoteSettings
 
@@ -62,6 +63,13 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         UnsupportedImage: libiscsi is not installed.
         SourceError: no such host, target or LUN, a wrong password, no disk, or no answer.
     """
+    source = _logged_in(url, settings)
+    log_news(source, _worded)
+    lanes = in_lanes(source, lambda: _logged_in(url, settings), lambda other: (other.identity, other.size))
+    return Remote(source=lanes, near=True)
+
+
+def _logged_in(url: Url, settings: RemoteSettings) -> LunSource:
     try:
         from qcowfs._iscsi import LunSource
     except ImportError as error:
@@ -79,8 +87,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
     except BaseException:
         source.close()
         raise
-    log_news(source, _worded)
-    return Remote(source=source, near=True)
+    return source
 
 
 def _login(url: Url) -> Login:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
 from qcowfs.errors import SourceError, UnsupportedImage, printable
+from qcowfs.source.lanes import in_lanes
 from qcowfs.source.news import log_news
 from qcowfs.source.remote import Remote, RemoteSettings
 from qcowfs.source.url import Url
@@ -36,6 +37,14 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         UnsupportedImage: libnbd is not installed.
         SourceError: the URL, the connection, or the export is not as it should be.
     """
+    source = _connected(url, settings)
+    log_news(source)
+    if not source.several:
+        return Remote(source=source, near=True)
+    return Remote(source=in_lanes(source, lambda: _connected(url, settings), lambda other: other.facts), near=True)
+
+
+def _connected(url: Url, settings: RemoteSettings) -> NbdSource:
     source = _source(url, settings)
     try:
         source.connect()
@@ -46,8 +55,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
     except BaseException:
         source.close()
         raise
-    log_news(source)
-    return Remote(source=source, near=True)
+    return source
 
 
 def _source(url: Url, settings: RemoteSettings) -> NbdSource:

@@ -46,6 +46,7 @@ ROWS = (
     ("_nbdlink",),
     ("_iscsi",),
     ("_iscsisession",),
+    ("_lanes",),
     ("_requests",),
     ("_queue",),
     ("_cache", "_pysource", "_statuses", "_pool", "_interrupts"),

@@ -65,17 +65,21 @@ def test_forty_trees_at_once_never_have_more_workers_than_there_may_be(
     launcher: Launcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "TURN", 0.1)
-    trees = [tree_of(launcher) for _ in range(40)]
-    most = 0
+    disk, most = Disk(), 0
+    trees = [tree_of(launcher, disk) for _ in range(40)]
 
     def ask(tree: Tree) -> int:
+        assert bytes(10) == tree.read(2, 0, 10)
         return sum(fakereader.inode(number) == tree.stat(number) for number in range(1, 40))
 
     asked = [threads.submit(ask, tree) for tree in trees for _ in range(2 if tree is trees[0] else 1)]
+    assert eventually(lambda: len(running(launcher)) == limits.INSIDE_WORKERS)
+    disk.gate.set()
     while not all(future.done() for future in asked):
         most = max(most, len(running(launcher)))
+        time.sleep(0.002)  # whoever always looks leaves the others no interpreter
     assert [39] * 41 == [future.result() for future in asked]
-    assert limits.INSIDE_WORKERS == most
+    assert most <= limits.INSIDE_WORKERS
 
 
 def test_a_tree_waits_until_another_becomes_idle(
