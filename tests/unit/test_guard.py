@@ -207,14 +207,20 @@ def test_who_waited_for_a_look_that_failed_does_not_wait_again(far: Far, threads
 
     far.guard = Guard.snapshot(far.base.source, ENTRY, find, depth=0, table=TABLE, count=1, place=PLACE)
     far.base.failure = errno.EIO
-    far.base.hold()
-    first = checks(far, threads, 1)
-    far.base.wait_for_requests(1)
-    others = checks(far, threads, 14)
-    far.base.release()
+    asked = []
+    for _ in range(5):  # on a busy machine some come too late
+        far.base.requests.clear()
+        far.base.hold()
+        first = checks(far, threads, 1)
+        far.base.wait_for_requests(1)
+        others = checks(far, threads, 14)
+        far.base.release()
+        assert [errno.EIO] * 15 == [done.result() for done in first + others]
+        asked.append(len(far.base.requests))
+        if asked[-1] == 1:
+            break
 
-    assert [errno.EIO] * 15 == [done.result() for done in first + others]
-    assert len(far.base.requests) <= 7
+    assert 1 in asked
     far.base.failure = 0
     assert far.guard.check() == 0
 
