@@ -42,7 +42,6 @@ from qcowfs.clib.fuse_kernel cimport (
     FUSE_READDIRPLUS, FUSE_READDIRPLUS_AUTO, fuse_in_header, fuse_init_out, fuse_lseek_in, fuse_lseek_out,
     fuse_out_header, fuse_read_in,
 )
-from qcowfs.clib.malloc cimport use_one_arena
 from qcowfs.clib.pthread cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
@@ -106,9 +105,6 @@ cdef class DataPlane:
         Raises:
             OSError: no descriptors or threads are to be had; pyfuse3 has the device as before.
         """
-        # What one thread puts into the cache another one throws out, so an arena for each thread is mostly holes:
-        # 4 KiB random reads of zlib with a cache of 32 MiB took 111 MiB; with one arena it is 65 MiB, and no slower.
-        use_one_arena()
         try:
             self.take_device()
             self.start_threads()
