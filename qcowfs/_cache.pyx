@@ -53,7 +53,12 @@ cdef class Cache:
     @property
     def used(self):
         """Bytes that the cache holds now."""
-        return self.c.used
+        cdef uint64_t used
+        with nogil:
+            pthread_mutex_lock(&self.c.lock)
+            used = self.c.used
+            pthread_mutex_unlock(&self.c.lock)
+        return used
 
 
 cdef entry_t* cache_acquire(

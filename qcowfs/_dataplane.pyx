@@ -212,8 +212,10 @@ cdef void work(void* argument) noexcept nogil:
         if atomic_subtract(&plane.idle, 1) == 0 and got > 0 and atomic_load(&plane.running) < plane.most:
             add_worker(plane)
         if got >= <Py_ssize_t>sizeof(fuse_in_header):
-            interrupts_hold(&plane.interrupts, <uint32_t>(worker - plane.workers), <fuse_in_header*>worker.request)
-            answer(worker, <fuse_in_header*>worker.request, <size_t>got)
+            if not interrupts_hold(
+                    &plane.interrupts, <uint32_t>(worker - plane.workers), plane.device,
+                    <fuse_in_header*>worker.request):
+                answer(worker, <fuse_in_header*>worker.request, <size_t>got)
         elif got < 0 and errno != EINTR and errno != EAGAIN and errno != ENOENT:  # ENOENT: it was interrupted just now
             eventfd_write(plane.ended, 1)  # ENODEV: unmounted; ECONNABORTED: aborted by a person
             return

@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from qcowfs._source cimport Source, source_t
 from qcowfs._tables cimport fault_t
-from qcowfs.clib.pthread cimport pthread_mutex_t
+from qcowfs.clib.pthread cimport pthread_cond_t, pthread_mutex_t
 
 
 cdef enum guard_kind:
@@ -23,10 +23,15 @@ cdef struct guard_t:
     int64_t modified_ns  # GUARD_FILE: since the epoch
     const char* entry  # GUARD_SNAPSHOT: as it is in the table
     uint64_t length  # of `entry`
-    pthread_mutex_t lock  # of the three that follow
+    bint far  # the source is no file of this machine: readers of a GUARD_SNAPSHOT share their looks at it
+    pthread_mutex_t lock  # of what follows, down to `error`; never held while the source is read
     uint64_t table  # the header's snapshots_offset,
     uint32_t count  # and nb_snapshots, when the entry was there last
     uint64_t place  # host offset of the entry then
+    pthread_cond_t ended  # a look did
+    uint64_t begun  # looks of a guard that is `far`, one after the other
+    uint64_t done
+    int error  # of the last look that is done
     uint32_t gone  # atomic; 1: it does not hold, and never will again
     void* owner  # the Guard
 

@@ -20,7 +20,8 @@ from qcowfs.clib.atomic cimport atomic_load, atomic_store
 from qcowfs.clib.endian cimport be32toh, be64toh
 from qcowfs.clib.fcntl cimport F_OFD_GETLK, F_UNLCK, F_WRLCK, SEEK_SET, c_fcntl_lock, flock_t
 from qcowfs.clib.pthread cimport (
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from qcowfs.clib.stat cimport c_fstat, stat_t
 
@@ -40,9 +41,11 @@ cdef class Guard:
 
     def __cinit__(self):
         pthread_mutex_init(&self.c.lock, NULL)
+        pthread_cond_init(&self.c.ended, NULL)
         self.c.owner = <void*>self
 
     def __dealloc__(self):
+        pthread_cond_destroy(&self.c.ended)
         pthread_mutex_destroy(&self.c.lock)
 
     @staticmethod
@@ -82,12 +85,16 @@ cdef class Guard:
         return guard
 
     cdef int use(self, guard_kind kind, Source source, uint32_t depth) except -1:
+        cdef const source_t* behind = &source.c
+        while behind.base != NULL:
+            behind = behind.base
         self.source = source
         self.c.kind = kind
         self.c.depth = depth
-        self.c.source = &source.c
-        while kind != GUARD_SNAPSHOT and self.c.source.base != NULL:
-            self.c.source = self.c.source.base
+        self.c.source = behind
+        if kind == GUARD_SNAPSHOT:
+            self.c.source = &source.c
+        self.c.far = behind.fd < 0
         return 0
 
     def check(self):
@@ -118,7 +125,7 @@ cdef int check(guard_t* guard) noexcept nogil:
     if atomic_load(&guard.gone):
         return ESTALE
     if guard.kind == GUARD_SNAPSHOT:
-        error = 0 if is_where_it_was(guard) else look_again(guard)
+        error = look_together(guard) if guard.far else look(guard)
     elif guard.kind == GUARD_FILE:
         error = 0 if is_unmodified(guard) else ESTALE
     else:
@@ -126,6 +133,37 @@ cdef int check(guard_t* guard) noexcept nogil:
     if error == ESTALE:
         atomic_store(&guard.gone, 1)
     return error
+
+
+cdef int look_together(guard_t* guard) noexcept nogil:
+    """Look, or let somebody else look for several readers: each look is a way to the server and back, or two.
+
+    What this reader has was read before the call, so a look has to begin after it, but for one that fails: then nobody
+    can tell, and who waited so long need not wait again.
+    """
+    cdef uint64_t early
+    cdef int error = 0
+    cdef bint known = False
+    pthread_mutex_lock(&guard.lock)
+    early = guard.begun
+    while guard.begun != guard.done and not known:
+        pthread_cond_wait(&guard.ended, &guard.lock)
+        error = guard.error
+        known = guard.done > early or (guard.done == early and error)
+    if not known:
+        guard.begun += 1
+        pthread_mutex_unlock(&guard.lock)
+        error = look(guard)
+        pthread_mutex_lock(&guard.lock)
+        guard.done += 1
+        guard.error = error
+        pthread_cond_broadcast(&guard.ended)
+    pthread_mutex_unlock(&guard.lock)
+    return error
+
+
+cdef int look(guard_t* guard) noexcept nogil:
+    return 0 if is_where_it_was(guard) else look_again(guard)
 
 
 cdef bint is_where_it_was(guard_t* guard) noexcept nogil:

@@ -26,10 +26,19 @@ cdef bint is_harmless(const fuse_in_header* request) noexcept nogil:
         or request.opcode == FUSE_GETATTR or request.opcode == FUSE_READDIR or request.opcode == FUSE_READDIRPLUS)
 
 
-cdef void interrupts_hold(interrupts_t* interrupts, uint32_t holder, const fuse_in_header* request) noexcept nogil:
+cdef bint interrupts_hold(
+        interrupts_t* interrupts, uint32_t holder, int device, const fuse_in_header* request) noexcept nogil:
     """Note that a thread has `request` now; what it had before it has answered."""
-    if interrupts.wanted:
-        atomic_store_64(&interrupts.held[holder], request.unique if is_harmless(request) else 0)
+    cdef bint harmless
+    if not interrupts.wanted:
+        return False
+    harmless = is_harmless(request)
+    atomic_store_64(&interrupts.held[holder], request.unique if harmless else 0)
+    # Another thread may have been quicker with its FUSE_INTERRUPT, which the kernel does not send again.
+    if not harmless or not has(interrupts.early, EARLY, request.unique):
+        return False
+    device_reply(device, request, EINTR, NULL, 0)
+    return True
 
 
 cdef void interrupts_pass_on(interrupts_t* interrupts, const fuse_in_header* request) noexcept nogil:
@@ -43,15 +52,24 @@ cdef void interrupts_answer(
         interrupts_t* interrupts, int device, fuse_in_header* request, size_t length) noexcept nogil:
     """Answer the request that `request`, a FUSE_INTERRUPT, is about. The protocol allows to do nothing."""
     cdef uint64_t unique
-    cdef uint32_t number
-    cdef bint known = False
     if not interrupts.wanted or length < sizeof(fuse_in_header) + sizeof(fuse_interrupt_in):
         return
     unique = (<fuse_interrupt_in*>(request + 1)).unique
-    for number in range(<uint32_t>MOST_HOLDERS):
-        known = known or atomic_load_64(&interrupts.held[number]) == unique
-    for number in range(<uint32_t>PASSED_ON):
-        known = known or atomic_load_64(&interrupts.passed_on[number]) == unique
-    if known:
-        request.unique = unique
-        device_reply(device, request, EINTR, NULL, 0)
+    if not is_known(interrupts, unique):
+        atomic_store_64(&interrupts.early[atomic_add(&interrupts.early_count, 1) % <uint32_t>EARLY], unique)
+        if not is_known(interrupts, unique):  # whoever notes it from now on finds it there
+            return
+    request.unique = unique
+    device_reply(device, request, EINTR, NULL, 0)
+
+
+cdef bint is_known(const interrupts_t* interrupts, uint64_t unique) noexcept nogil:
+    return has(interrupts.held, MOST_HOLDERS, unique) or has(interrupts.passed_on, PASSED_ON, unique)
+
+
+cdef bint has(const uint64_t* requests, uint32_t count, uint64_t unique) noexcept nogil:
+    cdef uint32_t number
+    for number in range(count):
+        if atomic_load_64(&requests[number]) == unique:
+            return True
+    return False

@@ -17,13 +17,14 @@ import pytest
 
 from tests.support import need
 from tests.support.mounts import mounted, qemu, wait_until
+from tests.support.nbd import nbdkit
 from tests.support.writer import Writer
 
 MIB = 1 << 20
 SIZE = 2 * MIB
 ROUNDS = 10
 READERS = 2
-QUICK = "import qcowfs.follow as f; f.LOOK_SECONDS = 0.02"
+QUICK = "import qcowfs.follow as f; f.LOOK_SECONDS = f.POLL_SECONDS = 0.02"
 EXPECTED = {errno.ESTALE, errno.EIO, errno.ENOENT}
 
 
@@ -78,17 +79,10 @@ def play(writer: Writer, readers: list[Reader]) -> None:
         writer.write(200, 0, SIZE)
 
 
-@pytest.mark.parametrize("options", [[], ["--no-data-plane"]], ids=["the data plane", "python"])
-@pytest.mark.parametrize("small", [False, True], ids=["plain", "small clusters"])
-def test_no_read_returns_what_a_cluster_holds_after_its_snapshot(
-    tmp_path: Path, target: Path, options: list[str], small: bool
-) -> None:
-    need("qemu-img", "qemu-system-x86_64")
-    image = tmp_path / "disk.qcow2"
-    words = ["-o", "cluster_size=4096"] if small else []
-    qemu("qemu-img", "create", "-q", "-f", "qcow2", *words, image, str(SIZE))
-    readers = [Reader(target / "s.raw", seed) for seed in range(READERS)]
-    with Writer(image) as writer, mounted(image, target, *options, env={"QCOWFS_TEST_BEFORE": QUICK}):
+def check(image: str | Path, writer: Writer, target: Path, *options: str, count: int = READERS) -> None:
+    """Mount `image` and read it while `writer` writes it."""
+    readers = [Reader(target / "s.raw", seed) for seed in range(count)]
+    with mounted(image, target, *options, env={"QCOWFS_TEST_BEFORE": QUICK}):
         for reader in readers:
             reader.start()
         try:
@@ -100,3 +94,26 @@ def test_no_read_returns_what_a_cluster_holds_after_its_snapshot(
 
     assert [] == [line for reader in readers for line in reader.wrong]
     assert set().union(*(reader.errors for reader in readers)) <= EXPECTED
+
+
+@pytest.mark.parametrize("options", [[], ["--no-data-plane"]], ids=["the data plane", "python"])
+@pytest.mark.parametrize("small", [False, True], ids=["plain", "small clusters"])
+def test_no_read_returns_what_a_cluster_holds_after_its_snapshot(
+    tmp_path: Path, target: Path, options: list[str], small: bool
+) -> None:
+    need("qemu-img", "qemu-system-x86_64")
+    image = tmp_path / "disk.qcow2"
+    words = ["-o", "cluster_size=4096"] if small else []
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", *words, image, str(SIZE))
+    with Writer(image) as writer:
+        check(image, writer, target, *options)
+
+
+def test_nor_does_one_from_a_server(tmp_path: Path, target: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whose readers share their looks whether the snapshot is still there."""
+    need("qemu-img", "qemu-system-x86_64", "nbdkit")
+    image = tmp_path / "disk.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE))
+    os.truncate(image, 32 * MIB)  # the size of an export does not change
+    with Writer(image) as writer, nbdkit(tmp_path_factory.mktemp("v") / "s", "file", image) as server:
+        check(server.url, writer, target, count=6)

@@ -131,6 +131,7 @@ def test_a_server_that_takes_no_more_is_read_by_what_there_is(place: Path, image
         assert source.connections <= 2
 
 
+@pytest.mark.expect_warnings  # of a target that is slow to start again
 def test_a_session_with_a_target_is_one_of_several_too(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:

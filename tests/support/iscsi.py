@@ -83,7 +83,8 @@ class Target:
                 if time.monotonic() > end or self._process.poll() is not None:
                     raise
                 time.sleep(0.02)
-        for words in self._set_up:
+        # Who may log in comes last: who did before would see units that are not what they will be.
+        for words in sorted(self._set_up, key=lambda words: "ALL" in words):
             self._run(words)
 
     def kill(self) -> None:

@@ -48,19 +48,22 @@ class WildTarget:
         self.bend: Callable[[bytes], bytes] = bytes
         self._connections: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     @property
     def url(self) -> str:
         return f"iscsi://127.0.0.1:{self._listener.getsockname()[1]}/iqn.2024-01.example:wild/1"
 
     def close(self) -> None:
-        for connection in (self._listener, *self._connections):
+        self._listener.shutdown(socket.SHUT_RDWR)  # accept() ends
+        self._threads[0].join()
+        self._listener.close()
+        for connection in self._connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
-        self._thread.join()
+        for thread in self._threads[1:]:  # each closes its own
+            thread.join()
 
     def _accept(self) -> None:
         while True:
@@ -69,7 +72,8 @@ class WildTarget:
             except OSError:
                 return
             self._connections.append(connection)
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            self._threads.append(threading.Thread(target=self._serve, args=(connection,), daemon=True))
+            self._threads[-1].start()
 
     def _serve(self, connection: socket.socket) -> None:
         session = Session(self, connection)

@@ -386,6 +386,20 @@ def test_memory_stays_within_the_budget(source: BlockSource, cache: BlockCache) 
     assert 0 == small.used
 
 
+def test_what_is_used_can_be_asked_while_helpers_fill_the_cache(threads: ThreadPoolExecutor) -> None:
+    """It is right, and a race that a sanitizer sees if it is read without the lock."""
+    cache, base = BlockCache(MIB), RemoteBase(content_of(8 * MIB))
+    source = BlockSource(cache, base.source)
+    read = threads.submit(lambda: [len(source.read_at(offset, BLOCK)) for offset in range(0, 8 * MIB, BLOCK)])
+    used = {cache.used}
+    while not read.done():
+        used.add(cache.used)
+    source.close()
+
+    assert sum(read.result()) == 8 * MIB
+    assert 0 < max(used) <= 2 * MIB + 16 * MIB, "the budget, and what is on its way"
+
+
 @pytest.mark.parametrize("close_at", range(0, 40, 8))
 def test_close_at_any_moment_ends(cache: BlockCache, threads: ThreadPoolExecutor, close_at: int) -> None:
     base = RemoteBase(CONTENT)

@@ -28,7 +28,9 @@ from tests.support.mounts import REPOSITORY
 
 # linux/fuse.h
 GETATTR = 3
+OPEN = 14
 READ = 15
+INTERRUPT = 36
 IN_HEADER = struct.Struct("=IIQQIIIHH")
 READ_IN = struct.Struct("=QQIIQII")
 OUT_HEADER = struct.Struct("=IiQ")
@@ -52,10 +54,10 @@ def request(opcode: int, unique: int, body: bytes = b"") -> bytes:
 
 
 @contextmanager
-def started(handles: Handles) -> Iterator[tuple[socket.socket, socket.socket]]:
+def started(handles: Handles, *, interruptible: bool = False) -> Iterator[tuple[socket.socket, socket.socket]]:
     """Start a plane; gives the kernel's end of the device, and pyfuse3's end of what the plane passes on."""
     kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    plane = DataPlane(device.fileno(), handles, Nodes(), workers=8, helpers=0)
+    plane = DataPlane(device.fileno(), handles, Nodes(), workers=8, helpers=0, interruptible=interruptible)
     with kernel, device:
         kernel.settimeout(10)
         plane.start()
@@ -74,6 +76,21 @@ def test_what_nobody_knows_is_passed_on_and_the_answer_comes_back() -> None:
 
     assert passed_on == request(GETATTR, 2)
     assert answer == OUT_HEADER.pack(OUT_HEADER.size, -errno.ENOENT, 2)
+
+
+def test_an_interrupt_that_is_noticed_before_its_request_ends_it() -> None:
+    """Two threads have them, and either may be quicker. The kernel does not say it again."""
+    with started(Handles(), interruptible=True) as (kernel, pyfuse3):
+        kernel.send(request(INTERRUPT, 5, struct.pack("=Q", 4)))
+        kernel.send(request(INTERRUPT, 7, struct.pack("=Q", 6)))
+        kernel.send(request(GETATTR, 2))
+        assert pyfuse3.recv(1 << 16) == request(GETATTR, 2)
+        kernel.send(request(GETATTR, 4))
+        first = kernel.recv(1 << 16)
+        kernel.send(request(OPEN, 6))  # harms nobody only if it is answered by who did it
+
+        assert first == OUT_HEADER.pack(OUT_HEADER.size, -errno.EINTR, 4)
+        assert pyfuse3.recv(1 << 16) == request(OPEN, 6)
 
 
 def test_what_cannot_be_passed_on_is_answered() -> None:

@@ -7,8 +7,10 @@ import fcntl
 import gc
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from qcowfs._source import FileSource
 from qcowfs._tables import LayerMap
 from qcowfs.errors import CorruptImage, ReadFault
 from qcowfs.source.file import open_file
+from tests.support.remotebase import RemoteBase
 
 TABLE, PLACE = 4096, 4200
 ENTRY = bytes(range(256)) * 3  # longer than what is compared at once
@@ -128,6 +131,119 @@ def test_a_device_holds_while_nobody_has_the_lock_for_writing(image: Image) -> N
         fcntl.fcntl(other, fcntl.F_OFD_SETLK, lock)
 
         assert [before, guard.check(), late.check()] == [0, errno.ESTALE, errno.ESTALE]
+
+
+class Far:
+    """The same image on a server, which is slow when it shall be."""
+
+    def __init__(self) -> None:
+        self.base = RemoteBase(bytes(16384))
+        self.guard = Guard.snapshot(self.base.source, ENTRY, lambda: None, depth=0, table=TABLE, count=1, place=PLACE)
+        self.put(1)
+
+    def put(self, count: int) -> None:
+        content = bytearray(16384)
+        content[60:72] = struct.pack(">IQ", count, TABLE)
+        content[PLACE : PLACE + len(ENTRY)] = ENTRY
+        self.base.content = bytes(content)
+
+
+@pytest.fixture
+def far() -> Iterator[Far]:
+    made = Far()
+    yield made
+    made.base.source.close()
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def checks(far: Far, threads: ThreadPoolExecutor, count: int) -> list[Future[int]]:
+    """Let `count` more readers check, and return when they have begun."""
+    begun = threading.Barrier(count + 1)
+
+    def check() -> int:
+        begun.wait()
+        return far.guard.check()
+
+    futures = [threads.submit(check) for _ in range(count)]
+    begun.wait()
+    time.sleep(0.1)  # one that is slower only looks for himself
+    return futures
+
+
+def test_readers_of_a_server_share_the_look_that_begins_after_all_of_them(
+    far: Far, threads: ThreadPoolExecutor
+) -> None:
+    far.base.hold()
+    first = checks(far, threads, 1)
+    far.base.wait_for_requests(1)
+    others = checks(far, threads, 14)
+    far.base.release()
+    requests_of_one = 1 + len(ENTRY) // 512 + 1
+
+    assert [0] * 15 == [done.result() for done in first + others]
+    assert len(far.base.requests) <= 7 * requests_of_one, "one of the first, one of the others, some of who came late"
+
+
+def test_a_look_that_began_before_a_read_says_nothing_of_it(far: Far, threads: ThreadPoolExecutor) -> None:
+    far.base.hold()
+    first = checks(far, threads, 1)
+    far.base.wait_for_requests(1)  # its answer is on its way: it was there
+    far.put(0)
+    others = checks(far, threads, 3)
+    far.base.release()
+
+    assert ([errno.ESTALE] * 3, 1) == ([done.result() for done in others], len(first))
+
+
+def test_who_waited_for_a_look_that_failed_does_not_wait_again(far: Far, threads: ThreadPoolExecutor) -> None:
+    """A silent server is waited for once."""
+
+    def find() -> Found:
+        raise CorruptImage("image", "cannot be read", "nobody answers")
+
+    far.guard = Guard.snapshot(far.base.source, ENTRY, find, depth=0, table=TABLE, count=1, place=PLACE)
+    far.base.failure = errno.EIO
+    asked = []
+    for _ in range(5):  # on a busy machine some come too late
+        far.base.requests.clear()
+        far.base.hold()
+        first = checks(far, threads, 1)
+        far.base.wait_for_requests(1)
+        others = checks(far, threads, 14)
+        far.base.release()
+        assert [errno.EIO] * 15 == [done.result() for done in first + others]
+        asked.append(len(far.base.requests))
+        if asked[-1] == 1:
+            break
+
+    assert 1 in asked
+    far.base.failure = 0
+    assert far.guard.check() == 0
+
+
+def test_readers_of_a_server_never_miss_a_deletion(far: Far, threads: ThreadPoolExecutor) -> None:
+    """Whoever begins to check after it hears of it, however many check at the moment."""
+    gone = threading.Event()
+
+    def check() -> None:
+        late = False
+        while not late:
+            late = gone.is_set()
+            result = far.guard.check()
+            assert result in (0, errno.ESTALE)
+            assert result == errno.ESTALE or not late
+
+    readers = [threads.submit(check) for _ in range(8)]
+    time.sleep(0.05)
+    far.put(0)
+    gone.set()
+    for done in readers:
+        done.result()
 
 
 @pytest.fixture(params=["a disk", "a file of a disk"])
