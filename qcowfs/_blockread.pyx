@@ -7,11 +7,11 @@ helper; others wait for it. A helper only does earlier what the reader would do,
 
 from libc.errno cimport EAGAIN, EBADF, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 
 from qcowfs._blockfile cimport BLOCK, blockfile_read, blockfile_write
+from qcowfs._buffers cimport buffers_give, buffers_take
 from qcowfs._cache cimport (
     KIND_BLOCK, KIND_PAGE, STATE_FAILED, STATE_LOADING, cache_abandon, cache_acquire, cache_begin, cache_find,
     cache_forget, cache_peek, cache_publish, cache_release, entry_kind, entry_t,
@@ -254,10 +254,12 @@ cdef void restore(blocks_t* blocks, entry_t* entry, uint64_t number) noexcept no
 cdef void fetch(blocks_t* blocks, entry_t** entries, uint64_t number, uint64_t count) noexcept nogil:
     cdef uint64_t unit = entries[0].capacity
     cdef uint64_t length = min(count * unit, blocks.size - number * unit)
-    cdef unsigned char* buffer = entries[0].payload if count == 1 else <unsigned char*>malloc(length)
+    cdef unsigned char* buffer = entries[0].payload
     cdef int64_t got = -ENOMEM
     cdef uint64_t place
     cdef uint64_t valid
+    if count > 1:
+        buffer = <unsigned char*>buffers_take(&blocks.shared.runs)
     if buffer != NULL:
         got = ask(blocks, buffer, length, number * unit)
     for place in range(count):
@@ -268,8 +270,8 @@ cdef void fetch(blocks_t* blocks, entry_t** entries, uint64_t number, uint64_t c
         if count > 1:
             memcpy(entries[place].payload, buffer + place * unit, valid)
         cache_publish(blocks.shared.cache, entries[place], valid)
-    if count > 1:
-        free(buffer)
+    if count > 1 and buffer != NULL:
+        buffers_give(&blocks.shared.runs, buffer)
     if got >= 0 and blocks.kept != NULL and not atomic_load(&blocks.kept.allowance.stopped):
         pool_add(&blocks.shared.writer, keep, blocks, number, number + count - 1, False)
 

@@ -11,7 +11,8 @@ from cython cimport no_gc_clear
 from libc.stdint cimport uint64_t
 
 from qcowfs._blockfile cimport BLOCK
-from qcowfs._blockread cimport blocks_end, blocks_finish, blocks_pread, blocks_status
+from qcowfs._blockread cimport RUN, blocks_end, blocks_finish, blocks_pread, blocks_status
+from qcowfs._buffers cimport buffers_destroy, buffers_init
 from qcowfs._cache cimport Cache, cache_forget
 from qcowfs._pool cimport MOST_THREADS, pool_destroy, pool_init, pool_stop
 from qcowfs._source cimport Source
@@ -32,6 +33,7 @@ cdef class BlockCache:
         self.lock = threading.Lock()
         self.c.cache = &self.cache.c
         streams_init(&self.c.streams, BLOCK, budget // AHEAD_SHARE)
+        buffers_init(&self.c.runs, RUN * BLOCK)
         pool_init(&self.c.fetchers, MOST_THREADS)
         pool_init(&self.c.writer, 1)
 
@@ -40,6 +42,7 @@ cdef class BlockCache:
             with nogil:
                 pool_destroy(&self.c.fetchers)
                 pool_destroy(&self.c.writer)
+            buffers_destroy(&self.c.runs)
             streams_destroy(&self.c.streams)
 
     @property

@@ -156,7 +156,8 @@ def test_a_worker_is_ended_by_its_number_and_never_by_a_process_id_that_may_be_a
         worker.channel.close()
 
 
-def test_ends_that_nobody_asks_for_are_not_kept_for_ever() -> None:
+def test_ends_that_nobody_asks_for_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forker, "KEPT", 30)
     workers = forker._Workers()
     for number in range(forker.KEPT + 5):
         pid = os.fork()
