@@ -27,7 +27,7 @@ from qcowfs.clib.atomic cimport (
 
 cdef enum:
     PAGE = 4096  # bytes: what a random reader asks for
-    QUICK_NS = 2000000000  # a failure that came sooner is of some block, and not a server that does not answer
+    QUICK_NS = 2000000000  # a failure that came sooner is of some block, and not of a server that does not answer
     LONGEST_REST_NS = 5000000000  # of a server that did not answer: somebody waits for it to be back
     WAIT_NS = 1000000  # between two looks whether the last reader has gone
 
@@ -165,10 +165,14 @@ cdef int read_piece(
     if not failure:
         memcpy(buffer, entry.payload + offset % size_of(kind), length)
     cache_release(shared.cache, entry)
-    if failure and now_ns() - begin < QUICK_NS and not atomic_load(&blocks.closing):
+    if failure and now_ns() - begin < quick_ns(blocks) and not atomic_load(&blocks.closing):
         # The request was for more than this reader wants, and one bad sector of it is no reason to refuse the rest.
         return read_directly(blocks, buffer, length, offset)
     return failure
+
+
+cdef inline uint64_t quick_ns(const blocks_t* blocks) noexcept nogil:
+    return min(blocks.patience_ns // 2, <uint64_t>QUICK_NS) if blocks.patience_ns else <uint64_t>QUICK_NS
 
 
 cdef int read_directly(blocks_t* blocks, unsigned char* buffer, uint64_t length, uint64_t offset) noexcept nogil:

@@ -8,6 +8,7 @@ in a thread of their own; where that does not work, one has to be enough. Any th
 
 import logging
 import threading
+from contextlib import suppress
 
 from cython cimport no_gc_clear
 from libc.errno cimport ESTALE
@@ -36,6 +37,7 @@ cdef struct lanes_t:
     lane_t lanes[LANES]
     uint32_t count  # atomic: those that may be used
     uint32_t wanted  # atomic; 1: somebody found no free one, and no other attempt is to be made now
+    uint32_t reviving  # atomic; 1: those that were given up are being tried, or were just now
     uint32_t turn  # atomic: whose connection is shared next
     void* owner
 
@@ -89,6 +91,15 @@ cdef class LanesSource(Source):
             if not self.closed.wait(REST):
                 atomic_store(&self.lanes.wanted, 0)
 
+    def revive(self):
+        """Read over each connection that nobody is sent to any more; where that goes well it is used again."""
+        for other in list(self.others):
+            if queue_in_trouble(&(<QueuedSource>other).queue):
+                with suppress(OSError):
+                    other.read_at(0, 1)
+        if not self.closed.wait(REST):
+            atomic_store(&self.lanes.reviving, 0)
+
     cdef int keep(self, QueuedSource other) except -1:
         with self.lock:
             if not self.closed.is_set():
@@ -122,6 +133,8 @@ cdef int64_t lanes_pread(const source_t* source, void* buffer, uint64_t length, 
     else:
         if not atomic_exchange(&lanes.wanted, 1):
             open_others(lanes)
+        if is_worth_reviving(lanes) and not atomic_exchange(&lanes.reviving, 1):
+            revive(lanes)
         lane = shared_lane(lanes)
         got = lane.source.pread(lane.source, buffer, length, offset)
     if got == -ESTALE:
@@ -148,6 +161,17 @@ cdef bint is_usable(lanes_t* lanes, uint32_t number) noexcept nogil:
     return number == 0 or not queue_in_trouble(lanes.lanes[number].queue)
 
 
+cdef bint is_worth_reviving(lanes_t* lanes) noexcept nogil:
+    """Return whether the server is there, as far as the first one knows, and another one was given up."""
+    cdef uint32_t number
+    if queue_in_trouble(lanes.lanes[0].queue):
+        return False
+    for number in range(1, atomic_load(&lanes.count)):
+        if queue_in_trouble(lanes.lanes[number].queue):
+            return True
+    return False
+
+
 cdef void fail(lanes_t* lanes, int error) noexcept nogil:
     cdef uint32_t number
     for number in range(atomic_load(&lanes.count)):
@@ -156,6 +180,10 @@ cdef void fail(lanes_t* lanes, int error) noexcept nogil:
 
 cdef void open_others(lanes_t* lanes) noexcept with gil:
     threading.Thread(target=(<object>lanes.owner).open_others, name="qcowfs-lanes", daemon=True).start()
+
+
+cdef void revive(lanes_t* lanes) noexcept with gil:
+    threading.Thread(target=(<object>lanes.owner).revive, name="qcowfs-lanes", daemon=True).start()
 
 
 cdef int lanes_status(const source_t* source, uint64_t offset, uint64_t* length) noexcept nogil:

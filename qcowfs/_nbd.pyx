@@ -55,6 +55,7 @@ cdef class NbdSource(QueuedSource):
         if keys is not None:
             self.service.server.keys = keys
         self.service.server.tls = tls
+        self.service.ill = -1
         self.c.state = &self.service
 
     def connect(self):
@@ -73,6 +74,16 @@ cdef class NbdSource(QueuedSource):
         self.c.pread = nbd_pread
         self.c.status = nbd_status
         self.serve(nbd_serve, nbd_turn, &self.service)
+
+    def expect_qemu(self, int event):
+        """Know, before `connect`, that the server is QEMU, in a process of ours.
+
+        Args:
+            event: an eventfd that is written to when it answers a read with an error, or not at all: then another one
+                is put in its place, which is asked again. -1: there is no other.
+        """
+        self.service.is_qemu = True
+        self.service.ill = event
 
     @property
     def several(self):

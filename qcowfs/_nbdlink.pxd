@@ -23,6 +23,7 @@ cdef struct link_t:
     uint32_t smallest  # bytes, a power of 2: commands begin and end at multiples of it, or at the end of the export
     uint32_t largest  # bytes of one command
     bint tells_extents
+    bint answers_whole  # it can be asked to answer a read in one piece
     bint several  # other connections see the same bytes at once
     char reason[REASON_SIZE]  # why the last call failed; may hold what the server said
 

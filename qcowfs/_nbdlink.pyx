@@ -13,10 +13,10 @@ from libc.string cimport strerror, strncpy, strstr
 from qcowfs._queue cimport monotonic, queue_failed, queue_t, queue_woken
 from qcowfs.clib.libnbd cimport (
     LIBNBD_AIO_DIRECTION_READ, LIBNBD_AIO_DIRECTION_WRITE, LIBNBD_ALLOW_TRANSPORT_TCP, LIBNBD_ALLOW_TRANSPORT_UNIX,
-    LIBNBD_CONTEXT_BASE_ALLOCATION, LIBNBD_SIZE_MAXIMUM, LIBNBD_SIZE_MINIMUM, LIBNBD_TLS_DISABLE,
-    LIBNBD_TLS_REQUIRE, nbd_add_meta_context, nbd_aio_connect_uri, nbd_aio_disconnect, nbd_aio_get_direction,
-    nbd_aio_get_fd, nbd_aio_is_closed, nbd_aio_is_dead, nbd_aio_is_negotiating, nbd_aio_is_ready,
-    nbd_aio_notify_read, nbd_aio_notify_write, nbd_can_meta_context, nbd_can_multi_conn, nbd_close, nbd_create,
+    LIBNBD_CONTEXT_BASE_ALLOCATION, LIBNBD_SIZE_MAXIMUM, LIBNBD_SIZE_MINIMUM, LIBNBD_TLS_DISABLE, LIBNBD_TLS_REQUIRE,
+    nbd_add_meta_context, nbd_aio_connect_uri, nbd_aio_disconnect, nbd_aio_get_direction, nbd_aio_get_fd,
+    nbd_aio_is_closed, nbd_aio_is_dead, nbd_aio_is_negotiating, nbd_aio_is_ready, nbd_aio_notify_read,
+    nbd_aio_notify_write, nbd_can_df, nbd_can_meta_context, nbd_can_multi_conn, nbd_close, nbd_create,
     nbd_get_block_size, nbd_get_errno, nbd_get_error, nbd_get_size, nbd_set_debug, nbd_set_opt_mode,
     nbd_set_tls_certificates, nbd_set_tls_psk_file, nbd_set_uri_allow_local_file, nbd_set_uri_allow_tls,
     nbd_set_uri_allow_transports,
@@ -96,6 +96,7 @@ cdef int learn(link_t* link) noexcept nogil:
     link.smallest = <uint32_t>smallest
     link.largest = <uint32_t>min(largest, DEFAULT_LARGEST)
     link.tells_extents = nbd_can_meta_context(link.handle, LIBNBD_CONTEXT_BASE_ALLOCATION) > 0
+    link.answers_whole = nbd_can_df(link.handle) > 0
     link.several = nbd_can_multi_conn(link.handle) > 0
     return 0
 

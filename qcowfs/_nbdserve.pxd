@@ -34,6 +34,8 @@ cdef struct service_t:
     # The service thread's alone, but for `extents` and for what was set before it started.
     queue_t* queue
     server_t server
+    bint is_qemu  # it is a process of ours
+    int ill  # an eventfd that is written to when another one is wanted in its place; -1: there is none
     link_t link
     uint64_t size  # bytes, as of opening; so are the next two
     uint32_t smallest
@@ -43,7 +45,7 @@ cdef struct service_t:
     int64_t next_attempt  # ns of monotonic(): not to connect before
     int64_t pause  # ns between that attempt and the one after it
     bint proven  # this connection has answered a command
-    bint refused  # it has refused one, and the log knows
+    bint refused  # it, or one before it that was not proven since, has refused one, and the log knows
 
 
 # Serve until the queue failed with EBADF; for QueuedSource.serve.

@@ -3,8 +3,8 @@
 """The thread that talks to an NBD server: many commands in flight, and a new connection when one breaks.
 
 Used by _nbd. What was in flight on a connection that broke is asked for again, as long as its reader has patience. An
-error that the server itself answers is passed on at once: it has tried what there was to try. The thread runs no
-Python; libnbd's callbacks come in it.
+error that the server itself answers is passed on at once: it has tried what there was to try, unless it is one of ours
+that can be replaced. The thread runs no Python; libnbd's callbacks come in it.
 """
 
 from libc.errno cimport EBADF, EIO, ESHUTDOWN, ESTALE, ETIMEDOUT
@@ -18,8 +18,10 @@ from qcowfs._queue cimport (
 )
 from qcowfs._requests cimport queue_pass
 from qcowfs.clib.libnbd cimport (
-    LIBNBD_STATE_ZERO, nbd_aio_block_status, nbd_aio_pread, nbd_completion_callback, nbd_extent_callback,
+    LIBNBD_CMD_FLAG_DF, LIBNBD_STATE_ZERO, nbd_aio_block_status, nbd_aio_pread, nbd_aio_pread_structured,
+    nbd_chunk_callback, nbd_completion_callback, nbd_extent_callback,
 )
+from qcowfs.clib.poll cimport eventfd_write
 from qcowfs.clib.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
 
 cdef enum:
@@ -62,13 +64,14 @@ cdef void reconnect(service_t* service) noexcept nogil:
     if status == 0:
         check_again(service)
     elif status != -EBADF:
+        if status == -ETIMEDOUT:
+            ask_for_another(service)
         trouble(service, service.link.reason)
 
 
 cdef void check_again(service_t* service) noexcept nogil:
     """Is it what was opened? Its size is all that an export can be told by."""
     service.proven = False
-    service.refused = False
     if service.link.size != service.size:
         queue_tell(service.queue, FAULT, b"the export came back with another size: nothing more is read")
         queue_fail(service.queue, ESTALE)
@@ -120,7 +123,7 @@ cdef void issue(service_t* service, slot_t* slot) noexcept nogil:
     done.user_data = slot
     done.free = NULL
     if request.kind == READ:
-        cookie = nbd_aio_pread(service.link.handle, request.buffer, request.length, request.offset, done, 0)
+        cookie = issue_read(service, request, done)
     elif service.link.tells_extents:
         found.callback = told
         found.user_data = slot
@@ -133,6 +136,24 @@ cdef void issue(service_t* service, slot_t* slot) noexcept nogil:
     if cookie < 0:
         slot.done = True
         slot.error = EIO
+
+
+cdef int64_t issue_read(service_t* service, request_t* request, nbd_completion_callback done) noexcept nogil:
+    cdef nbd_chunk_callback came
+    if not service.is_qemu or not service.link.answers_whole:
+        return nbd_aio_pread(service.link.handle, request.buffer, request.length, request.offset, done, 0)
+    # QEMU ends the connection if a read fails whose answer it has begun, and it begins at once if pieces will do.
+    came.callback = came_in
+    came.user_data = NULL
+    came.free = NULL
+    return nbd_aio_pread_structured(
+        service.link.handle, request.buffer, request.length, request.offset, came, done, LIBNBD_CMD_FLAG_DF)
+
+
+cdef int came_in(
+    void* argument, const void* piece, size_t count, uint64_t offset, unsigned status, int* error,
+) noexcept nogil:
+    return 0  # libnbd has put it into the buffer
 
 
 cdef int completed(void* argument, int* error) noexcept nogil:
@@ -154,6 +175,12 @@ cdef void settle(service_t* service, int status) noexcept nogil:
             prove(service)
         elif slot.error == ESHUTDOWN or status < 0:
             continue  # not the server's word on this command: it is put back below
+        elif is_doubtful(service, slot):
+            slot.request.tries += 1
+            status = -slot.error
+            strncpy(service.link.reason, b"QEMU has lost its server, or cannot read there", REASON_SIZE - 1)
+            ask_for_another(service)
+            continue
         complete(service, slot)
     for i in range(<uint32_t>MOST_IN_FLIGHT):
         if service.slots[i].request != NULL and service.slots[i].done and status == 0:
@@ -162,14 +189,26 @@ cdef void settle(service_t* service, int status) noexcept nogil:
     if status == 0 and queue_deadline(service.queue) <= monotonic():
         status = -ETIMEDOUT
         strncpy(service.link.reason, b"the server does not answer", REASON_SIZE - 1)
+        ask_for_another(service)
     if status < 0:
         lose(service)
         trouble(service, service.link.reason)
 
 
+cdef bint is_doubtful(service_t* service, const slot_t* slot) noexcept nogil:
+    """Tell whether an error may be of the server alone, and not of what is read: another one has not been asked yet."""
+    return service.ill >= 0 and slot.request.kind == READ and not slot.request.tries
+
+
+cdef void ask_for_another(service_t* service) noexcept nogil:
+    if service.ill >= 0:
+        eventfd_write(service.ill, 1)
+
+
 cdef void prove(service_t* service) noexcept nogil:
     if not service.proven:
         service.proven = True
+        service.refused = False
         service.pause = FIRST_PAUSE
         queue_tell(service.queue, BACK, b"the server is back")
 
@@ -191,7 +230,7 @@ cdef void complete(service_t* service, slot_t* slot) noexcept nogil:
 
 
 cdef void refuse(service_t* service, int error) noexcept nogil:
-    """Say in the log, once for each connection, what the server says of a read."""
+    """Say in the log, once for each connection that answers anything else, what the server says of a read."""
     if not service.refused:
         service.refused = True
         queue_tell(service.queue, FAULT, strerror(error))

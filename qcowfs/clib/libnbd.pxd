@@ -15,6 +15,7 @@ cdef extern from "<libnbd.h>" nogil:
         LIBNBD_AIO_DIRECTION_READ
         LIBNBD_AIO_DIRECTION_WRITE
         LIBNBD_STATE_ZERO
+        LIBNBD_CMD_FLAG_DF
     const char* LIBNBD_CONTEXT_BASE_ALLOCATION
 
     ctypedef struct nbd_completion_callback:
@@ -24,6 +25,12 @@ cdef extern from "<libnbd.h>" nogil:
     ctypedef struct nbd_extent_callback:
         int (*callback)(
             void* user_data, const char* context, uint64_t offset, uint32_t* entries, size_t count, int* error,
+        ) noexcept nogil
+        void* user_data
+        void (*free)(void* user_data) noexcept nogil
+    ctypedef struct nbd_chunk_callback:
+        int (*callback)(
+            void* user_data, const void* piece, size_t count, uint64_t offset, unsigned status, int* error,
         ) noexcept nogil
         void* user_data
         void (*free)(void* user_data) noexcept nogil
@@ -47,6 +54,7 @@ cdef extern from "<libnbd.h>" nogil:
 
     int64_t nbd_get_size(nbd_handle* handle)
     int64_t nbd_get_block_size(nbd_handle* handle, int which)
+    int nbd_can_df(nbd_handle* handle)
     int nbd_can_multi_conn(nbd_handle* handle)
     int nbd_can_meta_context(nbd_handle* handle, const char* name)
 
@@ -54,6 +62,9 @@ cdef extern from "<libnbd.h>" nogil:
     int nbd_aio_opt_list(nbd_handle* handle, nbd_list_callback found, nbd_completion_callback done)
     int64_t nbd_aio_pread(
         nbd_handle* handle, void* buffer, size_t count, uint64_t offset, nbd_completion_callback done, uint32_t flags)
+    int64_t nbd_aio_pread_structured(
+        nbd_handle* handle, void* buffer, size_t count, uint64_t offset, nbd_chunk_callback came,
+        nbd_completion_callback done, uint32_t flags)
     int64_t nbd_aio_block_status(
         nbd_handle* handle, uint64_t count, uint64_t offset, nbd_extent_callback found, nbd_completion_callback done,
         uint32_t flags)

@@ -34,6 +34,7 @@ _PIECE = 1 << 20  # bytes; the library joins what comes until there are so many
 _STATUS = re.compile(r"status code: (\d{3})\b", re.ASCII)
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>", re.ASCII)
 _KIND = re.compile(r"\bkind: (Connect|Timeout|Interrupted|Request|Decode)\b")
+_UNKNOWN = '"dns error"'
 _LIE = re.compile(r"\b(UnexpectedRange|NoContentRange|ParseContentRange|MissingContentLength|InvalidLastModified)\b")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _EPOCH = 0.0  # what the library puts where the server sent no date
@@ -164,7 +165,8 @@ def _without_status(text: str, scheme: str) -> Failure:
     if kind == "Decode":
         return Temporary("what the server answered cannot be understood")
     if kind == "Connect":
-        return Temporary("cannot connect to the server", unreachable=True)
+        why = "no address of the server is known" if _UNKNOWN in text else "cannot connect to the server"
+        return Temporary(why, unreachable=True)
     return Temporary("the request failed before there was an answer", unreachable=True, hint=_CREDENTIALS[scheme])
 
 

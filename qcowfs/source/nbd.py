@@ -38,7 +38,7 @@ def open_url(url: Url, settings: RemoteSettings) -> Remote:
         SourceError: the URL, the connection, or the export is not as it should be.
     """
     source = _connected(url, settings)
-    log_news(source)
+    log_news(source, _worded)
     if not source.several:
         return Remote(source=source, near=True)
     return Remote(source=in_lanes(source, lambda: _connected(url, settings), lambda other: other.facts), near=True)
@@ -149,6 +149,12 @@ def _failure(url: Url, source: NbdSource, error: OSError) -> SourceError:
     failure = SourceError(url.shown, "cannot open", said, hint=_hint(source, said))
     failure.errno = error.errno or errno.EIO
     return failure
+
+
+def _worded(reason: str) -> str:
+    """Return a reason of libnbd in words of a person."""
+    library, _, said = reason.partition(": ")
+    return f"the encrypted connection broke: {said}" if library.startswith("gnutls_") else reason
 
 
 def _hint(source: NbdSource, said: str) -> str | None:

@@ -29,5 +29,5 @@ def log_news(source: QueuedSource, worded: Callable[[str], str] = str) -> None:
 
 def _log(source: QueuedSource, worded: Callable[[str], str]) -> None:
     while (news := source.news()) is not None:
-        kind, text = news
-        logger.log(logging.INFO if kind == "back" else logging.WARNING, "%s: %s", source.name, worded(text))
+        _, text = news
+        logger.warning("%s: %s", source.name, worded(text))  # an end, too, or nobody learns of it

@@ -220,19 +220,24 @@ def _answer(response: http.client.HTTPResponse, start: int, length: int, deadlin
     """Return the bytes of a 206, and refuse every one that is not exactly what was asked for."""
     found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if found is None:
-        raise Failure("the server does not say which part of it it sent (Content-Range)")
+        raise _unfit(response, "the server does not say which part of it it sent (Content-Range)")
     first, last, size = (int(number) for number in found.groups())
     expected = min(length, size - start)
     if (first, last) != (start, start + expected - 1) or size > limits.MAX_HOST_OFFSET:
-        raise Failure(f"the server sent the bytes {first} to {last} of {size} for those from {start} on")
+        raise _unfit(response, f"the server sent the bytes {first} to {last} of {size} for those from {start} on")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise Failure("the server sent it compressed, though it was asked not to (Content-Encoding)")
     if response.length not in (None, expected):
-        raise Failure(f"the server announced {response.length} bytes for a part of {expected}")
+        raise _unfit(response, f"the server announced {response.length} bytes for a part of {expected}")
     body = _body(response, expected, deadline)
     modified = _date(response.headers.get("Last-Modified"))
     content = Content(size=size, etag=response.headers.get("ETag"), modified=modified)
     return Answer(content, (body,))
+
+
+def _unfit(response: http.client.HTTPResponse, why: str) -> Failure:
+    """Return what headers mean that do not fit: http.client takes those of an answer that was cut off for all of it."""
+    return Failure(why) if response.read(1) else Temporary("the connection ended amid the headers")
 
 
 def _body(response: http.client.HTTPResponse, expected: int, deadline: float) -> bytearray:

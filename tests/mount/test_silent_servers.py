@@ -54,7 +54,7 @@ def silent(server: Server) -> Iterator[None]:
 
 
 def reader(mount: Mounted, number: int) -> subprocess.Popen[bytes]:
-    """Start to read a piece of the disk, past the kernel's cache: the kernel lets nobody go who waits for that."""
+    """Start to read a piece of the disk, past the kernel's cache. Before that dd asks for its size, and may wait."""
     words = ["dd", f"if={mount / 'current.raw'}", "of=/dev/null", "iflag=direct", "bs=64k", "count=1"]
     return subprocess.Popen([*words, f"skip={number}"], stderr=subprocess.DEVNULL)
 

@@ -17,6 +17,7 @@ from qcowfs.source.remote import RemoteSettings
 from qcowfs.source.url import parse_url
 from tests.sources.opening import error_of, opened, refusal
 from tests.support.badhttp import Answer, BadServer, serve
+from tests.support.badnetwork import BadNetwork, Mood
 
 CONTENT = random.Random(25).randbytes(300_001)
 SECRET = "hunter2"
@@ -81,6 +82,16 @@ def test_what_passes_is_asked_again(server: BadServer, fault: Answer) -> None:
         server.answers = [fault, fault, Answer()]
 
         assert CONTENT[:1000] == remote.source.read_at(0, 1000)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_an_answer_that_ends_anywhere_is_asked_for_again(server: BadServer, reset: bool) -> None:
+    with BadNetwork(server.port) as network, opened(f"http://127.0.0.1:{network.port}/disk") as remote:
+        for count in range(0, 400, 29):  # the headers take some 250 bytes
+            before = network.ends
+            with network.mood(Mood(cut=count, reset=reset, once=True)):
+                assert CONTENT[5:505] == remote.source.read_at(5, 500)
+            assert before + 1 == network.ends
 
 
 def test_a_server_that_wants_to_be_left_alone_is(server: BadServer) -> None:

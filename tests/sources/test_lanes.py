@@ -54,9 +54,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def opened(url: str) -> Iterator[Source]:
+def opened(url: str, settings: RemoteSettings = SETTINGS) -> Iterator[Source]:
     room = iscsi if url.startswith("iscsi") else nbd
-    source = room.open_url(parse_url(url), SETTINGS).source
+    source = room.open_url(parse_url(url), settings).source
     try:
         yield source
     finally:
@@ -164,6 +164,22 @@ def test_a_server_that_is_killed_is_waited_for_by_all(place: Path, image: Path, 
             reading = pool.submit(read_together, source, content)
             server.start()
             reading.result(60)
+
+
+@pytest.mark.expect_warnings
+def test_all_are_used_again_after_an_outage_that_nobody_waited_for(place: Path, image: Path, content: bytes) -> None:
+    with late(place, image) as server, opened(server.url, RemoteSettings(patience=2.0)) as source:
+        read_together(source, content)
+        assert isinstance(source, LanesSource)
+        assert eventually(lambda: source.connections == ALL)
+        before = sockets()
+        server.kill()
+        with ThreadPoolExecutor(READERS) as pool:
+            reads = [pool.submit(source.read_at, number * 65_536, 4096) for number in range(READERS)]
+            assert [errno.EIO] * READERS == [getattr(read.exception(), "errno", None) for read in reads]
+        server.start()
+
+        assert eventually(lambda: read_together(source, content) is None and sockets() == before)
 
 
 def test_what_shows_something_else_is_not_read(place: Path, image: Path, content: bytes, tmp_path: Path) -> None:

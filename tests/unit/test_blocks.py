@@ -476,3 +476,20 @@ def test_after_a_server_was_silent_others_fail_at_once_for_a_while_and_then_it_i
     assert CONTENT[:10] == source.read_at(0, 10)
     assert CONTENT[5 * MIB : 5 * MIB + 10] == source.read_at(5 * MIB, 10)
     source.close()
+
+
+def test_a_server_that_took_half_of_the_patience_to_fail_is_not_asked_again(cache: BlockCache) -> None:
+    """A read would take twice the time that it may."""
+    asked: list[int] = []
+
+    def read(offset: int, buffer: memoryview) -> int:
+        asked.append(offset)
+        time.sleep(0.6)
+        raise OSError(errno.EIO, "given up")
+
+    source = BlockSource(cache, PythonSource("here://image", SIZE, read, ("here",)), patience=1.0)
+    with pytest.raises(OSError, match="Input/output error"):
+        source.read_at(0, 10)
+    source.close()
+
+    assert [0] == asked
