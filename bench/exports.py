@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bench.figures import Figures
 from bench.images import AFTER, BEFORE, Image
+from bench.peak import measured
 from bench.programs import HERE, run
 from bench.reader import WrongContentError, warm
 from bench.rivals import OURS, our_command
@@ -77,14 +77,10 @@ def convert(form: Form, image: Image, out: Path, directory: Path) -> list[str]:
 
 def timed(command: list[str]) -> tuple[float, int]:
     """Return the seconds that a command takes, and the peak of its resident bytes."""
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=HERE.parent)
-    _, status, usage = os.wait4(process.pid, 0)
-    passed = time.monotonic() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{command[0]} ended with {process.returncode}")
-    return passed, usage.ru_maxrss * 1024
+    taken = measured(command, cwd=HERE.parent)
+    if taken.code != 0:
+        raise RuntimeError(f"{command[0]} ended with {taken.code}")
+    return taken.seconds, taken.peak
 
 
 def compare(form: Form, image: Image, out: Path) -> None:

@@ -1,8 +1,8 @@
 """Damage to the metadata of FAT, exFAT and NTFS: right data or an OSError, and a walk that ends.
 
 Evidence: seeded changes of 1 to 8 bytes of what an undamaged walk reads. The readers are Python, so they are walked in
-this process; libfsntfs unpacks only in a worker. QCOWFS_MUTATIONS says how many of each file system; 5,000 of each were run
-by hand.
+this process; libfsntfs unpacks only in a worker. QCOWFS_MUTATIONS says how many of each file system; 5,000 of each were
+run by hand.
 """
 
 from __future__ import annotations

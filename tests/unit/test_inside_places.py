@@ -64,7 +64,7 @@ def busy(launcher: Launcher, disk: Disk, threads: ThreadPoolExecutor) -> Future[
 def test_forty_trees_at_once_never_have_more_workers_than_there_may_be(
     launcher: Launcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "TURN", 0.5)  # some times what it takes to start a worker from a process as large as this
+    monkeypatch.setattr(places, "TURN", 0.5)  # some times what it takes to start a worker from so large a process
     disk, most = Disk(), 0
     trees = [tree_of(launcher, disk) for _ in range(40)]
 
