@@ -55,8 +55,7 @@ demo: setup-demo build vm  ## the whole story on a real virtual machine, in abou
 
 .PHONY: test
 test: setup-test build vm  ## every test: units, against QEMU, hostile images, real mounts, a real virtual machine
-	@# One more at a time than processors: a fifth of the time a test waits for a disk, or for a machine to boot.
-	$(AS_ROOT) $(PROGRAMS)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadgroup $(TESTS)
+	$(AS_ROOT) $(PROGRAMS)/python -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
 .PHONY: quick
 quick: setup-test build  ## the tests that take seconds and need no root
