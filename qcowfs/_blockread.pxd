@@ -3,10 +3,10 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from qcowfs._blockfile cimport blockfile_t
-from qcowfs._buffers cimport buffers_t
 from qcowfs._cache cimport cache_t
 from qcowfs._pool cimport pool_t
 from qcowfs._source cimport source_t
+from qcowfs._spares cimport spares_t
 from qcowfs._statuses cimport statuses_t
 from qcowfs._streams cimport streams_t
 
@@ -20,7 +20,7 @@ cdef struct shared_t:
     pool_t fetchers
     pool_t writer  # of one thread: the disk is written by nobody who has a reader waiting
     streams_t streams
-    buffers_t runs  # for RUN blocks each
+    spares_t runs  # room for RUN blocks each
     uint64_t requests  # atomic, like all of these: asked of the sources behind
     uint64_t fetched  # bytes that they gave
     uint64_t hits  # blocks that were in memory, or on their way, when a reader wanted them

@@ -7,11 +7,11 @@ helper; others wait for it. A helper only does earlier what the reader would do,
 
 from libc.errno cimport EAGAIN, EBADF, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 
 from qcowfs._blockfile cimport BLOCK, blockfile_read, blockfile_write
-from qcowfs._buffers cimport buffers_give, buffers_take
 from qcowfs._cache cimport (
     KIND_BLOCK, KIND_PAGE, STATE_FAILED, STATE_LOADING, cache_abandon, cache_acquire, cache_begin, cache_find,
     cache_forget, cache_peek, cache_publish, cache_release, entry_kind, entry_t,
@@ -19,6 +19,7 @@ from qcowfs._cache cimport (
 from qcowfs._interruptible cimport in_main_thread, read_interruptibly
 from qcowfs._pool cimport MOST_THREADS, pool_add, pool_drain
 from qcowfs._source cimport source_t
+from qcowfs._spares cimport spares_give, spares_take
 from qcowfs._statuses cimport statuses_ask
 from qcowfs._streams cimport streams_follow
 from qcowfs.clib.atomic cimport (
@@ -259,7 +260,7 @@ cdef void fetch(blocks_t* blocks, entry_t** entries, uint64_t number, uint64_t c
     cdef uint64_t place
     cdef uint64_t valid
     if count > 1:
-        buffer = <unsigned char*>buffers_take(&blocks.shared.runs)
+        buffer = take_run(blocks.shared)
     if buffer != NULL:
         got = ask(blocks, buffer, length, number * unit)
     for place in range(count):
@@ -271,9 +272,24 @@ cdef void fetch(blocks_t* blocks, entry_t** entries, uint64_t number, uint64_t c
             memcpy(entries[place].payload, buffer + place * unit, valid)
         cache_publish(blocks.shared.cache, entries[place], valid)
     if count > 1 and buffer != NULL:
-        buffers_give(&blocks.shared.runs, buffer)
+        give_run(blocks.shared, buffer)
     if got >= 0 and blocks.kept != NULL and not atomic_load(&blocks.kept.allowance.stopped):
         pool_add(&blocks.shared.writer, keep, blocks, number, number + count - 1, False)
+
+
+cdef unsigned char* take_run(shared_t* shared) noexcept nogil:
+    """Return room for RUN blocks, or NULL.
+
+    malloc(3) gives 1 MiB that was freed back to the kernel, which hands out 256 pages anew, each zeroed, for the next
+    one: a tenth of what reading 1 MiB costs.
+    """
+    cdef void* run = spares_take(&shared.runs)
+    return <unsigned char*>(malloc(RUN * BLOCK) if run == NULL else run)
+
+
+cdef void give_run(shared_t* shared, void* run) noexcept nogil:
+    if not spares_give(&shared.runs, run):
+        free(run)
 
 
 cdef int64_t ask(blocks_t* blocks, unsigned char* buffer, uint64_t length, uint64_t offset) noexcept nogil:

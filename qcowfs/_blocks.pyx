@@ -9,13 +9,14 @@ import threading
 
 from cython cimport no_gc_clear
 from libc.stdint cimport uint64_t
+from libc.stdlib cimport free
 
 from qcowfs._blockfile cimport BLOCK
-from qcowfs._blockread cimport RUN, blocks_end, blocks_finish, blocks_pread, blocks_status
-from qcowfs._buffers cimport buffers_destroy, buffers_init
+from qcowfs._blockread cimport blocks_end, blocks_finish, blocks_pread, blocks_status
 from qcowfs._cache cimport Cache, cache_forget
 from qcowfs._pool cimport MOST_THREADS, pool_destroy, pool_init, pool_stop
 from qcowfs._source cimport Source
+from qcowfs._spares cimport spares_destroy, spares_init, spares_t, spares_take
 from qcowfs._statuses cimport statuses_destroy, statuses_forget, statuses_init
 from qcowfs._streams cimport streams_destroy, streams_init
 from qcowfs.clib.atomic cimport atomic_load_64, atomic_store
@@ -33,7 +34,7 @@ cdef class BlockCache:
         self.lock = threading.Lock()
         self.c.cache = &self.cache.c
         streams_init(&self.c.streams, BLOCK, budget // AHEAD_SHARE)
-        buffers_init(&self.c.runs, RUN * BLOCK)
+        spares_init(&self.c.runs)
         pool_init(&self.c.fetchers, MOST_THREADS)
         pool_init(&self.c.writer, 1)
 
@@ -42,7 +43,7 @@ cdef class BlockCache:
             with nogil:
                 pool_destroy(&self.c.fetchers)
                 pool_destroy(&self.c.writer)
-            buffers_destroy(&self.c.runs)
+            free_all(&self.c.runs)
             streams_destroy(&self.c.streams)
 
     @property
@@ -155,6 +156,14 @@ cdef class BlockSource(Source):
                 blocks_finish(&self.blocks)
             leave(self.cache)
         statuses_destroy(&self.blocks.statuses)
+
+
+cdef void free_all(spares_t* spares) noexcept:
+    cdef void* spare = spares_take(spares)
+    while spare != NULL:
+        free(spare)
+        spare = spares_take(spares)
+    spares_destroy(spares)
 
 
 cdef int leave(BlockCache cache) except -1:

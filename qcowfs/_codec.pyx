@@ -11,11 +11,11 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
+from qcowfs._spares cimport spares_give, spares_init, spares_t, spares_take
 from qcowfs.clib.deflate cimport (
     LIBDEFLATE_SUCCESS, libdeflate_alloc_decompressor, libdeflate_decompressor, libdeflate_deflate_decompress_ex,
     libdeflate_free_decompressor, libdeflate_result,
 )
-from qcowfs.clib.pthread cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from qcowfs.clib.zlib cimport Z_BUF_ERROR, Z_FINISH, Z_OK, Z_STREAM_END, inflate, inflateEnd, inflateInit2, z_stream
 from qcowfs.clib.zstd cimport (
     ZSTD_compress, ZSTD_createDCtx, ZSTD_DCtx, ZSTD_decompressDCtx, ZSTD_findFrameCompressedSize, ZSTD_freeDCtx,
@@ -23,49 +23,20 @@ from qcowfs.clib.zstd cimport (
 )
 
 cdef enum:
-    POOL_ROOM = 8  # contexts kept for the next call; more threads than this at once make and free their own
     DEFLATE_WINDOW_BITS = -12  # raw deflate with the window that QEMU writes
     ZSTD_LEVEL = 3  # zstd's own default, and QEMU's
 
 
-cdef struct pool_t:
-    pthread_mutex_t lock
-    int count
-    void* contexts[POOL_ROOM]
-
-
-cdef pool_t deflate_pool
-cdef pool_t zstd_pool
-pthread_mutex_init(&deflate_pool.lock, NULL)
-pthread_mutex_init(&zstd_pool.lock, NULL)
-
-
-cdef void* take(pool_t* pool) noexcept nogil:
-    cdef void* context = NULL
-    pthread_mutex_lock(&pool.lock)
-    if pool.count > 0:
-        pool.count -= 1
-        context = pool.contexts[pool.count]
-    pthread_mutex_unlock(&pool.lock)
-    return context
-
-
-cdef bint give_back(pool_t* pool, void* context) noexcept nogil:
-    """Is there room for it? If not, the caller frees it."""
-    cdef bint kept = False
-    pthread_mutex_lock(&pool.lock)
-    if pool.count < POOL_ROOM:
-        pool.contexts[pool.count] = context
-        pool.count += 1
-        kept = True
-    pthread_mutex_unlock(&pool.lock)
-    return kept
+cdef spares_t deflate_pool
+cdef spares_t zstd_pool
+spares_init(&deflate_pool)
+spares_init(&zstd_pool)
 
 
 cdef int codec_inflate(const void* data, uint64_t length, void* cluster, uint64_t cluster_size) noexcept nogil:
     # libdeflate is twice as fast, but wants the stream's end: a stream that goes on after the cluster is full is
     # legal here, and zlib takes it.
-    cdef libdeflate_decompressor* context = <libdeflate_decompressor*>take(&deflate_pool)
+    cdef libdeflate_decompressor* context = <libdeflate_decompressor*>spares_take(&deflate_pool)
     cdef libdeflate_result result
     cdef size_t used = 0
     cdef size_t made = 0
@@ -74,7 +45,7 @@ cdef int codec_inflate(const void* data, uint64_t length, void* cluster, uint64_
     if context == NULL:
         return inflate_unfinished(data, length, cluster, cluster_size)
     result = libdeflate_deflate_decompress_ex(context, data, length, cluster, cluster_size, &used, &made)
-    if not give_back(&deflate_pool, context):
+    if not spares_give(&deflate_pool, context):
         libdeflate_free_decompressor(context)
     if result == LIBDEFLATE_SUCCESS and made == cluster_size:
         return 0
@@ -101,14 +72,14 @@ cdef int inflate_unfinished(const void* data, uint64_t length, void* cluster, ui
 cdef int codec_zstd(const void* data, uint64_t length, void* cluster, uint64_t cluster_size) noexcept nogil:
     # Frame by frame into the cluster itself: the streaming interface would first allocate the window that a frame's
     # header asks for, up to 128 MiB. What follows the frame that fills the cluster is the tail of a sector.
-    cdef ZSTD_DCtx* context = <ZSTD_DCtx*>take(&zstd_pool)
+    cdef ZSTD_DCtx* context = <ZSTD_DCtx*>spares_take(&zstd_pool)
     cdef int result
     if context == NULL:
         context = ZSTD_createDCtx()
     if context == NULL:
         return -1
     result = decompress_frames(context, <const char*>data, length, <char*>cluster, cluster_size)
-    if not give_back(&zstd_pool, context):
+    if not spares_give(&zstd_pool, context):
         ZSTD_freeDCtx(context)
     return result
 

@@ -50,7 +50,7 @@ ROWS = (
     ("_requests",),
     ("_queue",),
     ("_cache", "_pysource", "_statuses", "_pool", "_interrupts"),
-    ("_source", "_threads", "_reply", "_inotify", "_streams", "_buffers", "_blockfile"),
+    ("_source", "_threads", "_reply", "_inotify", "_streams", "_spares", "_blockfile"),
     ("_answer", "_sandbox"),
     ("_records", "_crc32c"),
     ("clib",),
