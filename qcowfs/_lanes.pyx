@@ -126,17 +126,14 @@ cdef void add(lanes_t* lanes, QueuedSource source) noexcept:
 cdef int64_t lanes_pread(const source_t* source, void* buffer, uint64_t length, uint64_t offset) noexcept nogil:
     cdef lanes_t* lanes = <lanes_t*>source.state
     cdef lane_t* lane = free_lane(lanes)
+    cdef bint alone = lane != NULL
     cdef int64_t got
-    if lane != NULL:
-        got = lane.source.pread(lane.source, buffer, length, offset)
-        atomic_store(&lane.busy, 0)
-    else:
-        if not atomic_exchange(&lanes.wanted, 1):
-            open_others(lanes)
-        if is_worth_reviving(lanes) and not atomic_exchange(&lanes.reviving, 1):
-            revive(lanes)
+    if not alone:
+        want_more(lanes)
         lane = shared_lane(lanes)
-        got = lane.source.pread(lane.source, buffer, length, offset)
+    got = lane.source.pread(lane.source, buffer, length, offset)
+    if alone:
+        atomic_store(&lane.busy, 0)
     if got == -ESTALE:
         fail(lanes, ESTALE)  # what one connection knows is so for all: never a mixture
     return got
@@ -149,6 +146,13 @@ cdef lane_t* free_lane(lanes_t* lanes) noexcept nogil:
         if is_usable(lanes, number) and not atomic_exchange(&lanes.lanes[number].busy, 1):
             return &lanes.lanes[number]
     return NULL
+
+
+cdef void want_more(lanes_t* lanes) noexcept nogil:
+    if not atomic_exchange(&lanes.wanted, 1):
+        begin(lanes, False)
+    if is_worth_reviving(lanes) and not atomic_exchange(&lanes.reviving, 1):
+        begin(lanes, True)
 
 
 cdef lane_t* shared_lane(lanes_t* lanes) noexcept nogil:
@@ -178,12 +182,10 @@ cdef void fail(lanes_t* lanes, int error) noexcept nogil:
         queue_fail(lanes.lanes[number].queue, error)
 
 
-cdef void open_others(lanes_t* lanes) noexcept with gil:
-    threading.Thread(target=(<object>lanes.owner).open_others, name="qcowfs-lanes", daemon=True).start()
-
-
-cdef void revive(lanes_t* lanes) noexcept with gil:
-    threading.Thread(target=(<object>lanes.owner).revive, name="qcowfs-lanes", daemon=True).start()
+cdef void begin(lanes_t* lanes, bint reviving) noexcept with gil:
+    owner = <object>lanes.owner
+    work = owner.revive if reviving else owner.open_others
+    threading.Thread(target=work, name="qcowfs-lanes", daemon=True).start()
 
 
 cdef int lanes_status(const source_t* source, uint64_t offset, uint64_t* length) noexcept nogil:
