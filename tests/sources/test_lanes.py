@@ -41,18 +41,6 @@ def content() -> bytes:
     return random.Random(7).randbytes(SIZE)
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> Path:
-    path = tmp_path_factory.mktemp("v") / "disk"
-    path.write_bytes(content)
-    return path
-
-
-@pytest.fixture
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("v") / "s"
-
-
 @contextmanager
 def opened(url: str, settings: RemoteSettings = SETTINGS) -> Iterator[Source]:
     room = iscsi if url.startswith("iscsi") else nbd

@@ -41,19 +41,6 @@ def content() -> bytes:
     return random.Random(1).randbytes(SIZE)
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> Path:
-    path = tmp_path_factory.mktemp("v") / "disk"
-    path.write_bytes(content)
-    return path
-
-
-@pytest.fixture
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a socket can be, whose path is short enough."""
-    return tmp_path_factory.mktemp("v") / "s"
-
-
 @contextmanager
 def opened(url: str, patience: float = LONG) -> Iterator[Source]:
     source = open_url(parse_url(url), RemoteSettings(patience=patience)).source

@@ -44,12 +44,6 @@ def content() -> bytes:
 
 
 @pytest.fixture
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a socket can be, whose path is short enough."""
-    return tmp_path_factory.mktemp("v") / "s"
-
-
-@pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as threads:
         yield threads
