@@ -90,7 +90,7 @@ coverage: setup-test build vm  ## which lines the tests reach, in Python and in 
 	@$(AS_ROOT) tools/coverage $(TESTS)
 
 .PHONY: sanitize
-sanitize: setup-test build  ## the data plane's tests under ThreadSanitizer, in some minutes
+sanitize: setup-test build  ## the tests of our own threads under ThreadSanitizer, in a quarter of an hour
 	@$(AS_ROOT) tools/sanitize $(TESTS)
 
 .PHONY: bench
